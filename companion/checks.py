@@ -9,6 +9,7 @@ nothing: whole numbers become floats where a measurement is expected, and that i
 
 import math
 import numbers
+import warnings
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,13 @@ def _from_outside(x: Any, name: str, device: torch.device | str | None) -> Tenso
             raise TypeError(f"expected {name} to hold numbers, got an array of dtype {x.dtype}")
         if x.dtype.itemsize > 8 and x.dtype.kind == "f":
             raise TypeError(f"expected {name} to hold at most float64, got {x.dtype}")
-        # torch shares memory only with writeable arrays of positive strides in the machine's byte order
-        if not x.flags.writeable or any(stride < 0 for stride in x.strides) or not x.dtype.isnative:
+        # torch shares memory only with arrays of positive strides in the machine's byte order
+        if any(stride < 0 for stride in x.strides) or not x.dtype.isnative:
             x = x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
+        if not x.flags.writeable:
+            with warnings.catch_warnings():  # a memory-mapped file is read here, never written
+                warnings.filterwarnings("ignore", message=".*not writable.*")
+                return torch.as_tensor(x, device=device)
     elif isinstance(x, list | tuple) and len(x) and all(isinstance(row, np.ndarray | np.generic) for row in x):
         try:
             return _from_outside(np.asarray(x), name, device)
