@@ -231,8 +231,7 @@ def _layers(pictures: list[Image.Image], still: int) -> tuple[str, list[list[Any
     palette = [*(colors.getpalette() + [0] * 384)[:381], 0, 0, 0]
 
     def encode(pixels: np.ndarray, clear: bool) -> str:
-        image = Image.fromarray(pixels, mode=None).convert("P")
-        image.putdata(pixels.ravel().tolist())
+        image = Image.frombytes("P", pixels.shape[::-1], np.ascontiguousarray(pixels).tobytes())
         image.putpalette(palette)
         buffer = io.BytesIO()
         image.save(buffer, format="png", optimize=True, **({"transparency": 127} if clear else {}))
