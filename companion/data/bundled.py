@@ -11,6 +11,7 @@ import torch
 from sklearn import datasets
 from torch import Tensor
 
+from companion.checks import check_generator, check_in_range, check_positive_int
 from companion.data.wrappers import stratified_split
 
 __all__ = [
@@ -37,8 +38,7 @@ class Split(NamedTuple):
 def _split(
     x: np.ndarray, y: np.ndarray, test_fraction: float, standardize: bool, generator: torch.Generator | None
 ) -> Split:
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"expected a test_fraction between 0 and 1, got {test_fraction}")
+    test_fraction = check_in_range(test_fraction, "test_fraction", 0, 1, "neither")
     features = torch.tensor(x, dtype=torch.float64)
     classes = y.dtype.kind in "iu"
     targets = torch.tensor(y, dtype=torch.int64 if classes else torch.float64)
@@ -155,8 +155,9 @@ def photo_crops(n: int, size: int = 32, generator: torch.Generator | None = None
     """
     photos = load_photos()
     height, width = photos.shape[2:]
-    if n < 1 or not 1 <= size <= height:
-        raise ValueError(f"expected n >= 1 and a size of 1 to {height}, got n={n}, size={size}")
+    n, size, generator = check_positive_int(n, "n"), check_positive_int(size, "size"), check_generator(generator)
+    if size > height:
+        raise ValueError(f"expected a size of at most {height}, the height of the photographs, got {size}")
     photo = torch.randint(2, (n,), generator=generator)
     top = torch.randint(height - size + 1, (n,), generator=generator)
     left = torch.randint(width - size + 1, (n,), generator=generator)

@@ -11,6 +11,7 @@ from sklearn import datasets
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from companion.checks import as_tensor, check_generator, check_in_range, check_labels, check_positive_int
 from companion.data.wrappers import stratified_split
 
 __all__ = ["PALETTE", "ColorDigits", "color_digits", "load_digits_images", "make_color_digits"]
@@ -62,8 +63,7 @@ def load_digits_images(size: int = 8, classes: Sequence[int] | None = None) -> t
     >>> images.shape[1:], labels.unique().tolist()
     (torch.Size([1, 16, 16]), [0, 1])
     """
-    if size < 1:
-        raise ValueError(f"expected a size of at least 1, got {size}")
+    size = check_positive_int(size, "size")
     pixels, digits = datasets.load_digits(return_X_y=True)
     images = torch.tensor(pixels / 16, dtype=torch.get_default_dtype()).view(-1, 1, 8, 8)
     labels = torch.tensor(digits, dtype=torch.int64)
@@ -116,8 +116,11 @@ def color_digits(
 
     Chapter: shortcuts/subgroups
     """
-    images = torch.as_tensor(images)
-    labels = torch.as_tensor(labels)
+    images, labels, generator = (
+        as_tensor(images, "images").cpu(),
+        check_labels(labels).cpu(),
+        check_generator(generator),
+    )
     if images.ndim != 4 or images.shape[1] != 1 or labels.shape != images.shape[:1] or not len(images):
         raise ValueError(
             f"expected images (n, 1, h, w) and labels (n,), got {tuple(images.shape)} and {tuple(labels.shape)}"
@@ -125,8 +128,7 @@ def color_digits(
     n_colors = int(labels.max()) + 1 if n_colors is None else n_colors
     if not 2 <= n_colors <= len(PALETTE):
         raise ValueError(f"expected 2 to {len(PALETTE)} colours, got {n_colors}")
-    if not 0 <= correlation <= 1 or noise < 0:
-        raise ValueError(f"expected a correlation in [0, 1] and noise >= 0, got {correlation} and {noise}")
+    correlation, noise = check_in_range(correlation, "correlation", 0, 1), check_in_range(noise, "noise", 0)
     follows = torch.rand(len(labels), generator=generator) < correlation
     colors = torch.where(follows, labels % n_colors, torch.randint(n_colors, (len(labels),), generator=generator))
     paint = PALETTE[colors].to(images)[:, :, None, None]  # (n, 3, 1, 1)
@@ -171,8 +173,8 @@ def make_color_digits(
     Chapter: shortcuts/subgroups
     """
     images, labels = load_digits_images(size, classes)
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"expected a test_fraction between 0 and 1, got {test_fraction}")
+    test_fraction = check_in_range(test_fraction, "test_fraction", 0, 1, "neither")
+    generator = check_generator(generator)
     train, test = stratified_split(labels, (1 - test_fraction, test_fraction), generator)
     n_colors = max(int(labels.max()) + 1, 2)
     return (

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from companion.checks import check_generator, check_in_range, check_positive_int
+
 __all__ = ["MANIFOLDS", "make_manifold", "random_frame"]
 
 
@@ -35,7 +37,7 @@ def random_frame(
     """
     if not 1 <= dim <= ambient:
         raise ValueError(f"expected 1 <= dim <= ambient, got dim={dim}, ambient={ambient}")
-    gaussian = torch.randn(ambient, dim, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(ambient, dim, generator=check_generator(generator), dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     # the signs of R's diagonal make the factor unique, hence uniform
     return (q * r.diagonal().sign()).to(dtype or torch.get_default_dtype())
@@ -219,17 +221,15 @@ def make_manifold(
     if kind not in _KINDS:
         raise ValueError(f"expected kind to be one of {', '.join(MANIFOLDS)}, got {kind!r}")
     draw, needs = _KINDS[kind]
-    if n < 1 or dim < 1:
-        raise ValueError(f"expected n and dim of at least 1, got n={n}, dim={dim}")
+    n, dim, generator = check_positive_int(n, "n"), check_positive_int(dim, "dim"), check_generator(generator)
+    noise, curvature = check_in_range(noise, "noise", 0), check_in_range(curvature, "curvature", 0)
     if kind == "moebius" and dim != 2:
         raise ValueError(f"a moebius strip has dim=2, got {dim}")
-    ambient = needs(dim) if ambient is None else ambient
+    ambient = needs(dim) if ambient is None else check_positive_int(ambient, "ambient")
     if ambient < needs(dim):
         raise ValueError(f"a {kind} of dim={dim} needs ambient >= {needs(dim)}, got {ambient}")
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"expected a standard deviation for noise, got {noise}")
-    if not (0 <= curvature < math.inf) or (curvature == 0 and kind in {"sphere", "torus", "swiss_roll", "moebius"}):
-        raise ValueError(f"expected a positive curvature for a {kind}, got {curvature}")
+    if curvature == 0 and kind in {"sphere", "torus", "swiss_roll", "moebius"}:
+        raise ValueError(f"expected a positive curvature for a {kind}, got 0")
     if draw is None:
         z = _uniform(n, dim, generator)
         x = _curved(z, ambient, curvature, generator)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from companion.checks import as_tensor, check_generator, check_labels, check_positive_int
+
 __all__ = ["BayesRisk", "GaussianMixture"]
 
 
@@ -38,12 +40,11 @@ class GaussianMixture:
     """
 
     def __init__(self, means: Any, covariance: Any = 1.0, weights: Any = None, labels: Any = None) -> None:
-        self.means = torch.as_tensor(means, dtype=torch.float64)
+        self.means = as_tensor(means, "means").to("cpu", torch.float64, copy=True)
         if self.means.ndim != 2 or not self.means.numel() or not self.means.isfinite().all():
             raise ValueError(f"expected finite means of shape (components, d), got {tuple(self.means.shape)}")
         m, d = self.means.shape
-        covariance = torch.as_tensor(covariance, dtype=torch.float64)
-        self.shared_covariance = covariance.ndim == 0 or covariance.shape == (d, d)
+        covariance = as_tensor(covariance, "covariance").to("cpu", torch.float64)
         if covariance.ndim <= 1 and covariance.numel() in {1, m}:
             covariance = covariance.reshape(-1, 1, 1) * torch.eye(d, dtype=torch.float64)
         if (
@@ -54,16 +55,16 @@ class GaussianMixture:
             raise ValueError(
                 f"expected covariance (), ({m},), ({d}, {d}) or ({m}, {d}, {d}), got {tuple(covariance.shape)}"
             )
-        self.covariances = covariance.expand(m, d, d)
-        self.weights = (
-            torch.ones(m, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-        )
-        if self.weights.shape != (m,) or not (self.weights > 0).all():
-            raise ValueError(f"expected {m} positive weights, got {weights}")
+        self.covariances = covariance.expand(m, d, d).clone()
+        self.weights = torch.ones(m, dtype=torch.float64)
+        if weights is not None:
+            self.weights = as_tensor(weights, "weights").to("cpu", torch.float64)
+        if self.weights.shape != (m,) or not (self.weights > 0).all() or not self.weights.isfinite().all():
+            raise ValueError(f"expected {m} positive weights, got {self.weights.tolist()}")
         self.weights = self.weights / self.weights.sum()
-        self.labels = torch.arange(m) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-        if self.labels.shape != (m,) or not torch.equal(self.labels.unique(), torch.arange(int(self.labels.max()) + 1)):
-            raise ValueError(f"expected {m} labels that cover 0..C-1, got {labels}")
+        self.labels = torch.arange(m) if labels is None else check_labels(labels, m).cpu()
+        if not torch.equal(self.labels.unique(), torch.arange(int(self.labels.max()) + 1)):
+            raise ValueError(f"expected labels that cover 0..C-1, got {self.labels.tolist()}")
         factor, info = torch.linalg.cholesky_ex(covariance)
         if info.any() or not torch.allclose(covariance, covariance.mT):
             raise ValueError("expected symmetric positive definite covariances")
@@ -92,6 +93,7 @@ class GaussianMixture:
         >>> GaussianMixture.random(5, 2, modes=3).n_classes
         5
         """
+        generator = check_generator(generator)
         means = separation * torch.randn(n_classes * modes, dim, generator=generator, dtype=torch.float64)
         return cls(means, variance, labels=torch.arange(n_classes).repeat_interleave(modes))
 
@@ -115,6 +117,7 @@ class GaussianMixture:
         Returns:
             x (n, d), labels (n,) int64.
         """
+        n, generator = check_positive_int(n, "n"), check_generator(generator)
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.dim, generator=generator, dtype=torch.float64)
         x = self.means[component]
@@ -132,7 +135,7 @@ class GaussianMixture:
         Returns:
             (n, m) float64.
         """
-        x = torch.as_tensor(x).to("cpu", torch.float64)
+        x = as_tensor(x).to("cpu", torch.float64)
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"expected points of shape (n, {self.dim}), got {tuple(x.shape)}")
         log_probs = []
@@ -170,7 +173,7 @@ class GaussianMixture:
         """
         if self.n_classes == 1:
             return BayesRisk(0.0, 0.0)
-        if len(self.means) == 2 and self.shared_covariance:
+        if len(self.means) == 2 and torch.equal(*self.covariances):
             order = self.labels.argsort()
             difference = (self.means[1] - self.means[0]).unsqueeze(1)
             delta = torch.linalg.solve_triangular(self._factor[0], difference, upper=False).norm()

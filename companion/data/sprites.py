@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from companion.checks import check_generator, check_in_range, check_positive_int
 from companion.data.textures import TEXTURES, make_textures
 
 __all__ = ["COLORS", "SHAPES", "Sprites", "make_sprites"]
@@ -41,7 +42,7 @@ _REACH = {
     "hexagon": math.sqrt(math.pi / (6 * math.tan(math.pi / 6))) / math.cos(math.pi / 6),
     "bar": math.sqrt(10 * math.pi / 12),
     "half": math.sqrt(2) * math.hypot(1, 4 / (3 * math.pi)),
-    "ell": math.sqrt(2 * math.pi / 3),
+    "ell": math.sqrt(math.pi / 3) * math.sqrt(74) / 6,
     "hourglass": math.sqrt(math.pi),
 }
 
@@ -96,7 +97,8 @@ def _distance(shape: str, p: Tensor, q: Tensor) -> Tensor:
     if shape == "bar":
         return _box(p, q, 3 * math.sqrt(math.pi / 12), math.sqrt(math.pi / 12))
     if shape == "ell":
-        half = math.sqrt(math.pi / 3)  # a square without one quarter
+        half = math.sqrt(math.pi / 3)  # a square without one quarter, its centre of mass at the origin
+        p, q = p - half / 6, q + half / 6
         return torch.maximum(_box(p, q, half, half), torch.minimum(p, -q))
     if shape == "hourglass":
         return torch.maximum((p.abs() - q.abs()) / math.sqrt(2), q.abs() - math.sqrt(math.pi / 2))
@@ -106,7 +108,7 @@ def _distance(shape: str, p: Tensor, q: Tensor) -> Tensor:
     if shape == "ring":
         return (radius - 1).abs() - 0.25
     if shape == "half":
-        below = q - math.sqrt(2) * 4 / (3 * math.pi)  # the centre of mass is the origin
+        below = q - math.sqrt(2) * 4 / (3 * math.pi)  # likewise
         return torch.maximum((p.square() + below.square()).sqrt() - math.sqrt(2), below)
     # star: fold all ten half-points onto one, bounded by the line from the tip to the notch
     tip = _REACH["star"]
@@ -226,10 +228,10 @@ def make_sprites(
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown or not len(shapes):
         raise ValueError(f"expected shapes among {', '.join(SHAPES)}, got {unknown[:1] or 'none'}")
-    if n < 1 or image_size < 4 or noise < 0 or not len(sizes) or min(sizes) <= 0:
-        raise ValueError(
-            f"expected n >= 1, image_size >= 4, noise >= 0 and positive sizes, got {n}, {image_size}, {noise}, {sizes}"
-        )
+    n, image_size = check_positive_int(n, "n"), check_positive_int(image_size, "image_size", 4)
+    noise, generator = check_in_range(noise, "noise", 0), check_generator(generator)
+    if not len(sizes) or not min(sizes) > 0:
+        raise ValueError(f"expected positive sizes, got {tuple(sizes)}")
     rgb = _palette(colors, "colors")
     radii = torch.tensor(sizes, dtype=torch.float32)
     margin = max(_REACH[name] for name in shapes) * max(sizes)

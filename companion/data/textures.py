@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from companion.checks import check_generator, check_in_range, check_positive_int
+
 __all__ = ["DEFECTS", "TEXTURES", "Textures", "make_textures"]
 
-TEXTURES = ("stripes", "grid", "weave", "dots", "bricks", "wood", "noise")
+TEXTURES = ("stripes", "grid", "weave", "dots", "bricks", "marble", "noise")
 """The surfaces `make_textures` knows."""
 
 DEFECTS = ("scratch", "blob", "missing", "misplaced", "stain")
@@ -33,7 +35,7 @@ class Textures(NamedTuple):
     """Pictures of a surface, and what is wrong with them.
 
     `images` (n, 3, size, size) in [0, 1]; `masks` (n, 1, size, size) bool, true where a defect changed the picture;
-    `labels` (n,) 0 for a normal picture, otherwise 1 + the place of its defect among those asked for.
+    `labels` (n,) 0 for a normal picture, otherwise 1 + the place of its defect among those asked for (None left out).
     """
 
     images: Tensor
@@ -57,16 +59,19 @@ def _smooth_field(n: int, size: int, exponent: float, generator: torch.Generator
     return field / field.std((1, 2), keepdim=True).clamp(min=1e-6)
 
 
-def _pattern(kind: str, u: Tensor, v: Tensor, field: Tensor) -> Tensor:
+def _pattern(kind: str, u: Tensor, v: Tensor, field: Tensor, smooth: Tensor) -> Tensor:
     """Return how light the surface is, 0 to 1, at pattern coordinates u, v (one repeat per unit)."""
     if kind == "stripes":
         return (6 * (_wave(u) - 0.5)).sigmoid()
     if kind == "grid":
         return 1 - torch.maximum(_wave(u) ** 6, _wave(v) ** 6)
     if kind == "weave":
-        over = ((u.floor() + v.floor()) % 2).bool()
-        across, along = torch.where(over, u, v) % 1, torch.where(over, v, u) % 1
-        return (math.pi * across).sin().clamp(min=0).sqrt() * (0.45 + 0.55 * (math.pi * along).sin())
+        column, row = u.floor(), v.floor()
+        weft, warp = (math.pi * (u - 0.5 + row)).cos(), -(math.pi * (v - 0.5 + column)).cos()  # height of each thread
+        across_weft, across_warp = (math.pi * (v % 1)).sin(), (math.pi * (u % 1)).sin()
+        on_top = weft + 0.6 * across_weft > warp + 0.6 * across_warp
+        light = torch.where(on_top, across_weft * (0.72 + 0.28 * weft), 0.8 * across_warp * (0.72 + 0.28 * warp))
+        return light.clamp(0, 1)
     if kind == "dots":
         row = v.floor()
         du, dv = (u + 0.5 * (row % 2)) % 1 - 0.5, v % 1 - 0.5
@@ -76,8 +81,9 @@ def _pattern(kind: str, u: Tensor, v: Tensor, field: Tensor) -> Tensor:
         du, dv = (u + 0.5 * (row % 2)) % 1, (2 * v) % 1
         edge = torch.minimum(torch.minimum(du, 1 - du), 0.5 * torch.minimum(dv, 1 - dv))
         return 1 - (40 * (edge - 0.07)).sigmoid() * (0.7 + 0.06 * field)
-    if kind == "wood":
-        return 0.25 + 0.65 * _wave(0.6 * u + 0.35 * field) ** 1.5
+    if kind == "marble":
+        veins, fibres = _wave(0.5 * u + 0.5 * smooth), _wave(5 * u + 0.8 * smooth)
+        return 0.2 + 0.5 * veins**1.5 + 0.12 * fibres + 0.05 * field
     return (0.5 + 0.22 * field).clamp(0, 1)
 
 
@@ -109,7 +115,7 @@ def _coverage(defect: str, shape: _Shapes, gx: Tensor, gy: Tensor, size: int) ->
         radius = (0.1 if defect == "blob" else 0.15) * shape.extent * (1 + wave)
         distance = (p.square() + q.square()).sqrt() - radius
     if defect == "stain":
-        return (-distance / (0.12 * shape.extent)).clamp(0, 1) ** 0.7
+        return (0.1 - distance / (0.06 * shape.extent)).clamp(0, 1)
     return (0.5 - distance * size).clamp(0, 1)
 
 
@@ -166,17 +172,17 @@ def make_textures(
     for name in defects:
         if name is not None and name not in DEFECTS:
             raise ValueError(f"expected defects among {', '.join(DEFECTS)}, got {name!r}")
-    if n < 1 or size < 8 or not defects or not 0 <= look < len(_LOOKS):
-        raise ValueError(
-            f"expected n >= 1, size >= 8, look 0 to {len(_LOOKS) - 1}, got n={n}, size={size}, look={look}"
-        )
+    n, size = check_positive_int(n, "n"), check_positive_int(size, "size", 8)
+    noise, generator = check_in_range(noise, "noise", 0), check_generator(generator)
+    if not defects or not 0 <= look < len(_LOOKS):
+        raise ValueError(f"expected a defect or None, and look 0 to {len(_LOOKS) - 1}, got {defect!r} and {look}")
     strength, extent = _column(strength, n, "strength").clamp(max=1), _column(extent, n, "extent")
 
     dark, light, repeats, angle = _LOOKS[look]
     gy, gx = torch.meshgrid(*[(torch.arange(size) + 0.5) / size] * 2, indexing="ij")
     r = torch.rand(n, 8, 1, 1, generator=generator)
     grain = noise * torch.randn(n, 3, size, size, generator=generator)
-    field, other = (_smooth_field(n, size, e, generator) for e in (1.3, 2.2))
+    field, smooth = (_smooth_field(n, size, e, generator) for e in (1.3, 2.6))
     d = torch.rand(n, 6, 1, 1, generator=generator)
     chosen = torch.randint(len(defects), (n,), generator=generator)
 
@@ -187,7 +193,7 @@ def make_textures(
         a = turn[rows] + extra_turn
         u = repeats * (gx * a.cos() + gy * a.sin()) + r[rows, 4] + shift
         v = repeats * (gy * a.cos() - gx * a.sin()) + r[rows, 5] + shift
-        return _pattern(kind, u, v, texture[rows])
+        return _pattern(kind, u, v, texture[rows], smooth[rows])
 
     low, high = torch.tensor(dark)[:, None, None], torch.tensor(light)[:, None, None]
 
@@ -202,11 +208,13 @@ def make_textures(
     shapes = _Shapes(
         0.2 + 0.6 * d[:, 0], 0.2 + 0.6 * d[:, 1], math.pi * d[:, 2], d[:, 3] - 0.5, 2 * math.pi * d[:, 4], extent
     )
+    names = [name for name in defects if name is not None]
     for place, name in enumerate(defects):
         rows = (chosen == place).nonzero().flatten()
         if name is None or not len(rows):
             continue
         alpha = _coverage(name, _Shapes(*(part[rows] for part in shapes)), gx, gy, size)[:, None]  # (k, 1, s, s)
+        alpha = alpha.where(alpha >= 0.1, 0.0)  # what nobody could see is no defect
         base = images[rows]
         if name == "scratch":
             bright = (d[rows, 5] < 0.5)[:, None]
@@ -214,14 +222,14 @@ def make_textures(
         elif name == "blob":
             damaged = 0.25 * low + 0.5 * grain[rows] + 0.05 * field[rows, None]
         elif name == "missing":
-            damaged = paint(torch.full_like(lightness[rows], float(lightness.mean())), rows)
+            damaged = paint(0.6 * lightness[rows].mean((1, 2), keepdim=True).expand(-1, size, size), rows)
         elif name == "misplaced":
-            damaged = paint(surface(rows, math.pi / 4, 0.5, other), rows)
+            damaged = paint(surface(rows, math.pi / 4, 0.5, smooth), rows)
         else:
             tint = torch.tensor([[0.95, 0.45, 0.25], [0.35, 0.60, 0.95], [0.55, 0.85, 0.35]])
             hue = (3 * d[rows, 5, 0, 0]).long().clamp(max=2)
             damaged = base * tint[hue][:, :, None, None]
         images[rows] = base + strength[rows, None] * alpha * (damaged - base)
         masks[rows] = alpha > 0
-        labels[rows] = 1 + place if len(defects) > 1 else 1
+        labels[rows] = 1 + names.index(name)
     return Textures(images.clamp(0, 1), masks, labels)

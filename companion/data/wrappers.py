@@ -10,17 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from companion.checks import as_tensor, check_generator, check_in_range, check_labels, check_positive_int
+
 __all__ = ["long_tailed", "noisy_labels", "stratified_split", "transition_matrix"]
-
-
-def _labels(labels: Any) -> Tensor:
-    labels = torch.as_tensor(labels)
-    if labels.ndim != 1 or not len(labels) or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"expected integer labels of shape (n,), got {tuple(labels.shape)} of {labels.dtype}")
-    labels = labels.to("cpu", torch.int64)
-    if labels.min() < 0:
-        raise ValueError(f"expected labels in 0..C-1, got {int(labels.min())}")
-    return labels
 
 
 def long_tailed(
@@ -52,11 +44,10 @@ def long_tailed(
     >>> torch.arange(4).repeat_interleave(64)[kept].bincount().tolist()
     [64, 32, 16, 8]
     """
-    labels = _labels(labels)
+    labels, generator = check_labels(labels).cpu(), check_generator(generator)
     counts = labels.bincount()
     n_classes = len(counts)
-    if not 1 <= ratio < math.inf:
-        raise ValueError(f"expected a ratio of at least 1, got {ratio}")
+    ratio = check_in_range(ratio, "ratio", 1)
     place = torch.arange(n_classes, dtype=torch.float64)
     if kind == "exponential":
         share = ratio ** -(place / max(n_classes - 1, 1))
@@ -90,8 +81,7 @@ def transition_matrix(n_classes: int, rate: float, kind: str = "uniform") -> Ten
     >>> transition_matrix(3, 0.2)[0].tolist()
     [0.8, 0.1, 0.1]
     """
-    if n_classes < 2 or not 0 <= rate <= 1:
-        raise ValueError(f"expected at least 2 classes and a rate in [0, 1], got {n_classes} and {rate}")
+    n_classes, rate = check_positive_int(n_classes, "n_classes", 2), check_in_range(rate, "rate", 0, 1)
     eye = torch.eye(n_classes, dtype=torch.float64)
     if kind == "uniform":
         return (1 - rate) * eye + rate / (n_classes - 1) * (1 - eye)
@@ -134,7 +124,7 @@ def noisy_labels(
     >>> noisy[:3].tolist(), bool(flipped.all())
     ([1, 2, 0], True)
     """
-    labels = _labels(labels)
+    labels, generator = check_labels(labels).cpu(), check_generator(generator)
     n_classes = int(labels.max()) + 1 if n_classes is None else n_classes
     if n_classes <= labels.max():
         raise ValueError(f"expected labels below n_classes={n_classes}, got {int(labels.max())}")
@@ -152,7 +142,7 @@ def _instance_noise(
     """Return (n, C): the probability of each label given the input."""
     if features is None:
         raise ValueError("noise of kind 'instance' needs the inputs: pass features=")
-    x = torch.as_tensor(features).to("cpu", torch.float64).flatten(1)
+    x = as_tensor(features, "features").to("cpu", torch.float64).flatten(1)
     if len(x) != len(labels):
         raise ValueError(f"expected one row of features per label, got {len(x)} and {len(labels)}")
     transition_matrix(n_classes, rate)  # checks both numbers
@@ -180,7 +170,9 @@ def _with_mean(score: Tensor, mean: float) -> Tensor:
 def stratified_split(
     labels: Any, fractions: Sequence[float] = (0.5, 0.5), generator: torch.Generator | None = None
 ) -> tuple[Tensor, ...]:
-    """Split indices into parts that hold the same share of every class, to within one sample.
+    """Split indices into parts that hold the same share of every class.
+
+    Two parts have each class's share to within one sample, more parts to within two.
 
     Args:
         labels: (n,) classes 0..C-1.
@@ -197,7 +189,7 @@ def stratified_split(
     >>> len(train), len(test)
     (80, 20)
     """
-    labels = _labels(labels)
+    labels, generator = check_labels(labels).cpu(), check_generator(generator)
     shares = torch.tensor([0.0, *fractions], dtype=torch.float64).cumsum(0)
     if len(shares) < 2 or min(fractions) <= 0 or shares[-1] > 1 + 1e-9:
         raise ValueError(f"expected positive fractions that sum to at most one, got {tuple(fractions)}")
