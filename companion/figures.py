@@ -225,10 +225,18 @@ def _figure(inside: str, caption: str, attributes: str = 'class="companion-figur
 
 def _layers(pictures: list[Image.Image], still: int) -> tuple[str, list[list[Any]]]:
     """The still frame, and for each frame what to lay over it: [left, top, width, height in percent, png]."""
-    sample = np.concatenate([np.asarray(picture) for picture in pictures[:: max(1, len(pictures) // 8)]])
-    colors = Image.fromarray(sample).quantize(127, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    indexed = [np.asarray(picture.quantize(palette=colors, dither=Image.Dither.NONE)) for picture in pictures]
-    palette = [*(colors.getpalette() + [0] * 384)[:381], 0, 0, 0]
+    codes = [_codes(picture) for picture in pictures]
+    colors, counts = np.unique(np.concatenate([np.unique(code) for code in codes]), return_counts=True)
+    if len(colors) > 127:
+        # The commonest colours stay exact (background, lines); the rest share what is left of the palette.
+        ranked = colors[np.argsort(-counts, kind="stable")]
+        common = np.unique(np.concatenate([_commonest(codes[still], 48), ranked[:15]]))
+        strip = Image.fromarray(_rgb(np.setdiff1d(colors, common))[None])
+        shared = strip.quantize(127 - len(common), method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        colors = np.unique(np.concatenate([common, _codes(shared.convert("RGB")).ravel()]))
+    indexed = [_nearest(code, colors) for code in codes]
+    flat = _rgb(colors).ravel().tolist()
+    palette = [*flat, *[0] * (384 - len(flat))]
 
     def encode(pixels: np.ndarray, clear: bool) -> str:
         image = Image.frombytes("P", pixels.shape[::-1], np.ascontiguousarray(pixels).tobytes())
@@ -252,6 +260,29 @@ def _layers(pictures: list[Image.Image], still: int) -> tuple[str, list[list[Any
         place += [100 * part.shape[1] / width, 100 * part.shape[0] / height]
         layers.append([*(round(float(p), 4) for p in place), encode(part, clear=True)])
     return encode(base, clear=False), layers
+
+
+def _codes(picture: Image.Image) -> np.ndarray:
+    """Each pixel as one number, red first."""
+    red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int64), -1, 0)
+    return (red << 16) + (green << 8) + blue
+
+
+def _rgb(codes: np.ndarray) -> np.ndarray:
+    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], -1).astype(np.uint8)
+
+
+def _commonest(codes: np.ndarray, n: int) -> np.ndarray:
+    values, counts = np.unique(codes, return_counts=True)
+    return values[np.argsort(-counts, kind="stable")[:n]]
+
+
+def _nearest(codes: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """The position of the nearest colour of the palette, for each pixel."""
+    values, inverse = np.unique(codes, return_inverse=True)
+    have, want = _rgb(values).astype(np.float32), _rgb(colors).astype(np.float32)
+    squared = (have**2).sum(1)[:, None] - 2 * have @ want.T + (want**2).sum(1)
+    return squared.argmin(1)[inverse].reshape(codes.shape).astype(np.uint8)
 
 
 def _player(base: str, layers: list, alt: str, caption: str, width: int, fps: float, still: int) -> str:

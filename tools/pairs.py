@@ -73,8 +73,8 @@ def paired(text: Path) -> nbformat.NotebookNode:
     """Return the notebook a text should have: cells from the text, outputs from the notebook there is."""
     notebook = jupytext.read(text)
     twin = text.with_suffix(".ipynb")
-    if twin.exists():
-        old = nbformat.read(twin, as_version=4)
+    old = _read(twin)
+    if old is not None:
         before = [(cell.source, cell.get("outputs"), cell.get("execution_count")) for cell in old.cells if _ran(cell)]
         notebook = combine_inputs_with_outputs(notebook, old, fmt="md:myst")
         _only_true_outputs(notebook, before)
@@ -91,6 +91,14 @@ def paired(text: Path) -> nbformat.NotebookNode:
             cell.setdefault("outputs", [])
             cell.setdefault("execution_count", None)
     return notebook
+
+
+def _read(twin: Path) -> nbformat.NotebookNode | None:
+    """The notebook there is; a damaged one counts as none, because everything but its outputs is in the text."""
+    try:
+        return nbformat.read(twin, as_version=4)
+    except (FileNotFoundError, nbformat.reader.NotJSONError, ValueError, AttributeError, KeyError):
+        return None
 
 
 def _ran(cell: nbformat.NotebookNode) -> bool:
@@ -143,11 +151,9 @@ def problems(text: Path) -> list[str]:
     name = shown(twin)
     if not twin.exists():
         return [f"{name} is missing: {FIX}, then commit it"]
-    try:
-        notebook = paired(text)
-        current = twin.read_text(encoding="utf-8")
-    except Exception as error:
-        return [f"{name} cannot be read ({type(error).__name__}: {error}): remove it and {FIX}"]
+    if _read(twin) is None:
+        return [f"{name} is damaged and cannot be read: {FIX}, then commit it"]
+    notebook, current = paired(text), twin.read_text(encoding="utf-8")
     found = []
     if current != written(notebook):
         found.append(f"{name} differs from {text.name}: {FIX} (the text wins; edits made in the notebook are lost)")
