@@ -19,7 +19,7 @@ from companion.checks import as_tensor, check_in_range, check_positive_int
 __all__ = ["Mixed", "cutmix", "mixup", "mixup_loss"]
 
 # From this many numbers per sample on, mixing sample by sample beats gathering a permuted copy of the batch first.
-LARGE_SAMPLE = 8192
+LARGE_SAMPLE = 4096
 
 
 class Mixed(NamedTuple):
@@ -109,7 +109,7 @@ def cutmix(
 ) -> Mixed:
     r"""Paste a rectangle of another image of the batch into every image.
 
-    Its sides are $\sqrt{1 - \lambda}$ of the image's, with $\lambda \sim \mathrm{Beta}(\alpha, \alpha)$, and its centre is
+    With $\lambda \sim \mathrm{Beta}(\alpha, \alpha)$ its sides are $\sqrt{1 - \lambda}$ of the image's, its centre is
     uniform; it is clipped at the border, and `lam` is then the share of pixels that were kept, exactly.
 
     Args:
