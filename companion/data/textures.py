@@ -98,7 +98,7 @@ class _Shapes(NamedTuple):
     extent: Tensor
 
 
-def _coverage(defect: str, shape: _Shapes, gx: Tensor, gy: Tensor, size: int) -> Tensor:
+def _coverage(defect: str, shape: _Shapes, gx: Tensor, gy: Tensor) -> Tensor:
     """Return how much of each pixel the defect covers, 0 to 1; exactly 0 outside it."""
     dx, dy = gx - shape.x, gy - shape.y
     p = dx * shape.turn.cos() + dy * shape.turn.sin()
@@ -116,7 +116,51 @@ def _coverage(defect: str, shape: _Shapes, gx: Tensor, gy: Tensor, size: int) ->
         distance = (p.square() + q.square()).sqrt() - radius
     if defect == "stain":
         return (0.1 - distance / (0.06 * shape.extent)).clamp(0, 1)
-    return (0.5 - distance * size).clamp(0, 1)
+    return (0.5 - distance * gx.shape[-1]).clamp(0, 1)
+
+
+class _Surface:
+    """The n pictures of one surface, before anything happens to them: where each is shifted, turned and lit."""
+
+    def __init__(self, n: int, kind: str, size: int, look: int, noise: float, generator: torch.Generator | None):
+        dark, light, self.repeats, angle = _LOOKS[look]
+        self.kind, self.size = kind, size
+        self.dark, self.light = torch.tensor(dark)[:, None, None], torch.tensor(light)[:, None, None]
+        self.y, self.x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size] * 2, indexing="ij")
+        r = torch.rand(n, 6, 1, 1, generator=generator)
+        self.grain = noise * torch.randn(n, 3, size, size, generator=generator)
+        self.field, self.smooth = (_smooth_field(n, size, e, generator) for e in (1.3, 2.6))
+        self.turn = math.radians(angle) + 0.06 * (r[:, 0] - 0.5)
+        slope = (r[:, 1] - 0.5) * (self.x - 0.5) + (r[:, 2] - 0.5) * (self.y - 0.5)
+        self.lighting = 1 + 0.24 * slope + 0.08 * (r[:, 3] - 0.5)
+        self.shift_u, self.shift_v = r[:, 4], r[:, 5]
+        self.lightness = self.pattern(torch.arange(n))
+
+    def pattern(self, rows: Tensor, turn: float = 0.0, shift: float = 0.0, field: Tensor | None = None) -> Tensor:
+        """Return how light the surface is (k, size, size), turned and shifted if you like."""
+        a = self.turn[rows] + turn
+        u = self.repeats * (self.x * a.cos() + self.y * a.sin()) + self.shift_u[rows] + shift
+        v = self.repeats * (self.y * a.cos() - self.x * a.sin()) + self.shift_v[rows] + shift
+        return _pattern(self.kind, u, v, (self.field if field is None else field)[rows], self.smooth[rows])
+
+    def paint(self, lightness: Tensor, rows: Tensor) -> Tensor:
+        """Return pictures (k, 3, size, size) of a pattern, lit and with grain."""
+        color = self.dark + (self.light - self.dark) * lightness[:, None]
+        return color * self.lighting[rows, None] + self.grain[rows]
+
+    def damaged(self, defect: str, images: Tensor, rows: Tensor, choice: Tensor) -> Tensor:
+        """Return what the defect would look like if it covered the whole picture."""
+        if defect == "scratch":
+            return torch.where(choice[:, None] < 0.5, 0.97, 0.06) + self.grain[rows]
+        if defect == "blob":
+            return 0.25 * self.dark + 0.5 * self.grain[rows] + 0.05 * self.field[rows, None]
+        if defect == "missing":
+            bare = 0.6 * self.lightness[rows].mean((1, 2), keepdim=True)
+            return self.paint(bare.expand(-1, self.size, self.size), rows)
+        if defect == "misplaced":
+            return self.paint(self.pattern(rows, math.pi / 4, 0.5, self.smooth), rows)
+        tints = torch.tensor([[0.95, 0.45, 0.25], [0.35, 0.60, 0.95], [0.55, 0.85, 0.35]])
+        return images * tints[(3 * choice.flatten()).long().clamp(max=2)][:, :, None, None]
 
 
 def _column(value: Any, n: int, name: str) -> Tensor:
@@ -178,58 +222,25 @@ def make_textures(
         raise ValueError(f"expected a defect or None, and look 0 to {len(_LOOKS) - 1}, got {defect!r} and {look}")
     strength, extent = _column(strength, n, "strength").clamp(max=1), _column(extent, n, "extent")
 
-    dark, light, repeats, angle = _LOOKS[look]
-    gy, gx = torch.meshgrid(*[(torch.arange(size) + 0.5) / size] * 2, indexing="ij")
-    r = torch.rand(n, 8, 1, 1, generator=generator)
-    grain = noise * torch.randn(n, 3, size, size, generator=generator)
-    field, smooth = (_smooth_field(n, size, e, generator) for e in (1.3, 2.6))
+    surface = _Surface(n, kind, size, look, noise, generator)
     d = torch.rand(n, 6, 1, 1, generator=generator)
     chosen = torch.randint(len(defects), (n,), generator=generator)
-
-    turn = math.radians(angle) + 0.06 * (r[:, 0] - 0.5)
-    lighting = 1 + 0.24 * ((r[:, 1] - 0.5) * (gx - 0.5) + (r[:, 2] - 0.5) * (gy - 0.5)) + 0.08 * (r[:, 3] - 0.5)
-
-    def surface(rows: Tensor, extra_turn: float, shift: float, texture: Tensor) -> Tensor:
-        a = turn[rows] + extra_turn
-        u = repeats * (gx * a.cos() + gy * a.sin()) + r[rows, 4] + shift
-        v = repeats * (gy * a.cos() - gx * a.sin()) + r[rows, 5] + shift
-        return _pattern(kind, u, v, texture[rows], smooth[rows])
-
-    low, high = torch.tensor(dark)[:, None, None], torch.tensor(light)[:, None, None]
-
-    def paint(lightness: Tensor, rows: Tensor) -> Tensor:
-        return (low + (high - low) * lightness[:, None]) * lighting[rows, None] + grain[rows]
-
-    everything = torch.arange(n)
-    lightness = surface(everything, 0.0, 0.0, field)
-    images = paint(lightness, everything)
-    masks = torch.zeros(n, 1, size, size, dtype=torch.bool)
-    labels = torch.zeros(n, dtype=torch.int64)
     shapes = _Shapes(
         0.2 + 0.6 * d[:, 0], 0.2 + 0.6 * d[:, 1], math.pi * d[:, 2], d[:, 3] - 0.5, 2 * math.pi * d[:, 4], extent
     )
+
+    images = surface.paint(surface.lightness, torch.arange(n))
+    masks = torch.zeros(n, 1, size, size, dtype=torch.bool)
+    labels = torch.zeros(n, dtype=torch.int64)
     names = [name for name in defects if name is not None]
     for place, name in enumerate(defects):
         rows = (chosen == place).nonzero().flatten()
         if name is None or not len(rows):
             continue
-        alpha = _coverage(name, _Shapes(*(part[rows] for part in shapes)), gx, gy, size)[:, None]  # (k, 1, s, s)
-        alpha = alpha.where(alpha >= 0.1, 0.0)  # what nobody could see is no defect
-        base = images[rows]
-        if name == "scratch":
-            bright = (d[rows, 5] < 0.5)[:, None]
-            damaged = torch.where(bright, 0.97 + grain[rows], 0.06 + grain[rows])
-        elif name == "blob":
-            damaged = 0.25 * low + 0.5 * grain[rows] + 0.05 * field[rows, None]
-        elif name == "missing":
-            damaged = paint(0.6 * lightness[rows].mean((1, 2), keepdim=True).expand(-1, size, size), rows)
-        elif name == "misplaced":
-            damaged = paint(surface(rows, math.pi / 4, 0.5, smooth), rows)
-        else:
-            tint = torch.tensor([[0.95, 0.45, 0.25], [0.35, 0.60, 0.95], [0.55, 0.85, 0.35]])
-            hue = (3 * d[rows, 5, 0, 0]).long().clamp(max=2)
-            damaged = base * tint[hue][:, :, None, None]
-        images[rows] = base + strength[rows, None] * alpha * (damaged - base)
+        alpha = _coverage(name, _Shapes(*(part[rows] for part in shapes)), surface.x, surface.y)[:, None]
+        alpha = alpha.where(alpha >= 0.1, 0.0)  # (k, 1, size, size); what nobody could see is no defect
+        damaged = surface.damaged(name, images[rows], rows, d[rows, 5])
+        images[rows] += strength[rows, None] * alpha * (damaged - images[rows])
         masks[rows] = alpha > 0
         labels[rows] = 1 + names.index(name)
     return Textures(images.clamp(0, 1), masks, labels)
