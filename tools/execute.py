@@ -24,7 +24,7 @@ import pairs
 
 TIMEOUT = 600  # seconds a cell
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-NOISE = re.compile(r"^.*(kernel over TCP|ipykernel|Debugger warning|frozen modules|PYDEVD).*\n?", flags=re.M)
+NOISE = re.compile(r"^.*(running over TCP|ipykernel|Debugger warning|frozen modules|PYDEVD).*\n?", flags=re.M)
 
 
 @dataclass
@@ -50,6 +50,7 @@ def run(text: Path) -> Result:
         timeout=TIMEOUT,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # a warning about TCP on each start otherwise
         resources={"metadata": {"path": str(text.parent)}},
     )
     try:
