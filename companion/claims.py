@@ -15,7 +15,7 @@ from typing import Any
 
 from companion import papers
 from companion.runtime import base_seed
-from companion.show import mean_and_sd, number, put, spread
+from companion.show import mean_and_sd, put, spread
 
 __all__ = ["MEDIA_TYPE", "Claim", "ClaimError", "claim", "evaluate"]
 
@@ -90,7 +90,8 @@ class Claim:
         return rows
 
     def _card(self) -> str:
-        state, mark, color = ("held", "✓", "#009e73") if self.held else ("broken", "✗", "#d55e00")
+        state, mark, word = ("held", "✓", "Holds.") if self.held else ("broken", "✗", "Broken.")
+        color = "#009e73" if self.held else "#d55e00"
         cell = "padding:.1em 1em .1em 0;text-align:left;border:0;background:none"
         rows = "".join(
             f'<tr style="background:none"><td style="{cell}"><code>{html.escape(name)}</code></td>'
@@ -104,8 +105,8 @@ class Claim:
             f'<div class="companion-claim companion-{state}" id="claim-{self.key.replace("/", "-")}" role="note" '
             f'style="border-left:4px solid {color};padding:.5em 1em;margin:.5em 0;'
             f'background:rgba(127,127,127,.1);color:inherit">\n'
-            f'<p class="companion-statement" style="margin:.2em 0"><span style="color:{color};font-weight:bold">'
-            f'<span aria-hidden="true">{mark}</span> {"Holds" if self.held else "Broken"}</span> '
+            f'<p class="companion-statement" style="margin:.2em 0"><strong>'
+            f'<span aria-hidden="true" style="color:{color}">{mark}</span> {word}</strong> '
             f"{html.escape(self.statement)}</p>\n{problems}"
             f'<table style="margin:.3em 0;border:0;border-collapse:collapse;font-size:.95em;color:inherit">'
             f"<tbody>{rows}</tbody></table>\n"
@@ -170,9 +171,9 @@ def evaluate(
     problems = []
     for name, (mean, sd) in moments.items():
         if name in lower and not mean - MARGIN * sd >= lower[name]:
-            problems.append(_problem(name, mean, sd, "at least", lower[name], mean >= lower[name]))
+            problems.append(_problem(name, measured[name], "at least", lower[name], mean >= lower[name]))
         if name in upper and not mean + MARGIN * sd <= upper[name]:
-            problems.append(_problem(name, mean, sd, "at most", upper[name], mean <= upper[name]))
+            problems.append(_problem(name, measured[name], "at most", upper[name], mean <= upper[name]))
     return Claim(
         key=key,
         paper=_checked_paper(key, paper),
@@ -280,9 +281,9 @@ def _bound(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
 
 
-def _problem(name: str, mean: float, sd: float, side: str, bound: float, near: bool) -> str:
-    why = f"nearer than {MARGIN:g} standard deviations" if near else "on the wrong side"
-    return f"{name} is {number(mean)} ± {number(sd)}, {why} of {side} {_bound(bound)}"
+def _problem(name: str, values: list[float], side: str, bound: float, near: bool) -> str:
+    why = f"within {MARGIN:g} standard deviations of its bound" if near else "on the wrong side of its bound"
+    return f"{name} is {spread(values)}, {why} ({side} {_bound(bound)})"
 
 
 def _stored(value: float) -> float:

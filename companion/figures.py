@@ -37,7 +37,9 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
+    "figure.constrained_layout.h_pad": 0.1,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,
     "figure.dpi": DPI,
     "figure.facecolor": BACKGROUND,
     "figure.figsize": (WIDTH, 4.0),
@@ -109,6 +111,9 @@ def show(fig: Figure, *, alt: str, caption: str) -> None:
         raise TypeError(f"expected a matplotlib figure, got {type(fig).__name__}")
     try:
         alt, caption = _words(alt, caption)
+        for ax in fig.axes:
+            if ax.images:
+                ax.grid(False)  # lines across a picture hide it
         image = _picture(fig, 2 * DPI)
         width = round(fig.get_size_inches()[0] * DPI)
     finally:

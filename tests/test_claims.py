@@ -33,7 +33,7 @@ def test_the_mean_keeps_two_standard_deviations_from_a_lower_bound():
     assert evaluate("a/b", paper="kim2021self", says="x", at_least={"x": 0}, x=[1, 2, 3]).held
     near = evaluate("a/b", paper="kim2021self", says="x", at_least={"x": 0.01}, x=[1, 2, 3])
     assert not near.held
-    assert "nearer than 2 standard deviations" in near.problems[0]
+    assert "within 2 standard deviations" in near.problems[0]
 
 
 def test_the_mean_keeps_two_standard_deviations_from_an_upper_bound():
