@@ -191,18 +191,15 @@ def table(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], capti
     names, body = _cells(rows)
     widths = [max(len(row[i]) for row in [names, *body]) for i in range(len(names))]
     plain = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [names, *body]]
-    head = "".join(
-        f'<th scope="col" style="text-align:left;padding:.2em 1.2em .2em 0">{html.escape(name)}</th>' for name in names
-    )
+    style = 'style="text-align:left;padding:.2em 1.2em .2em 0"'
+    head = "".join(f'<th scope="col" {style}>{html.escape(name)}</th>' for name in names)
     lines = ['<table class="companion-table">']
     if caption:
         plain.insert(0, caption)
         lines.append(f'<caption style="text-align:left">{html.escape(caption)}</caption>')
     lines.append(f"<thead><tr>{head}</tr></thead>\n<tbody>")
     for row in body:
-        data = "".join(
-            f'<td style="text-align:left;padding:.2em 1.2em .2em 0">{html.escape(cell)}</td>' for cell in row
-        )
+        data = "".join(f"<td {style}>{html.escape(cell)}</td>" for cell in row)
         lines.append(f"<tr>{data}</tr>")
     put({"text/html": "\n".join([*lines, "</tbody></table>"]), "text/plain": "\n".join(plain)})
 
