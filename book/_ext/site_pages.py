@@ -11,68 +11,105 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTER = ROOT / "companion" / "papers"
+DOCTEST = re.compile(r"\s*(>>>|\.\.\.)")
+PAPER = re.compile(r"(\s*)Papers?:\s*([\w-]+(?:[\s,]+[\w-]+)*)\.?\s*")
+CHAPTER = re.compile(r"(\s*)Chapters?:\s*`*([\w-]+/[\w-]+)`*\.?\s*")
 
 
-def _registered() -> dict:
+def _registered() -> dict[str, dict]:
     """Every paper of the register by its key."""
-    rows = {}
-    for file in sorted(REGISTER.glob("*/*.yml")):
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or []
-        for row in loaded if isinstance(loaded, list) else loaded.get("papers", []):
-            rows[row["key"]] = row
-    return rows
+    files = sorted(REGISTER.glob("*/*.yml"))
+    return {row["key"]: row for file in files for row in yaml.safe_load(file.read_text(encoding="utf-8")) or []}
 
 
 def drop_remote_scripts(app, pagename, templatename, context, doctree):
     """Thebe's loader names a script on another server, and is added twice."""
-    if "script_files" in context:
-        context["script_files"] = [s for s in context["script_files"] if "thebe" not in _text(s)]
-    if "css_files" in context:
-        context["css_files"] = [s for s in context["css_files"] if "thebe" not in _text(s)]
+    for kind in ("script_files", "css_files"):
+        if kind in context:
+            context[kind] = [asset for asset in context[kind] if "thebe" not in _text(asset)]
 
 
 def _text(asset) -> str:
-    attributes = getattr(asset, "attributes", {}) or {}
+    attributes = getattr(asset, "attributes", None) or {}
     return f"{getattr(asset, 'filename', '')} {attributes.get('body', '')} {asset if isinstance(asset, str) else ''}"
 
 
-def conventions_to_rst(app, what, name, obj, options, lines):
-    """Rewrite mathematics, papers and chapters of one docstring, in place."""
+def to_rst(lines: list[str], paper_link=None, chapter_link=None) -> list[str]:
+    """Return the lines of a docstring with mathematics, papers and chapters written as Sphinx reads them.
+
+    Args:
+        lines: of the docstring, its Google sections read already.
+        paper_link: from a key to reStructuredText.
+        chapter_link: from `theme/chapter` to reStructuredText.
+    """
+    paper_link = paper_link or (lambda key: f"``{key}``")
+    chapter_link = chapter_link or (lambda name: f"``{name}``")
+    out: list[str] = []
+    block: list[str] = []
+
+    def flush():
+        if block:
+            out.extend(_prose("\n".join(block)).split("\n"))
+            block.clear()
+
+    example = False
+    for line in lines:
+        example = bool(DOCTEST.match(line)) or (example and bool(line.strip()))
+        paper, chapter = PAPER.fullmatch(line), CHAPTER.fullmatch(line)
+        if example or not line.strip():
+            flush()
+            out.append(line)
+        elif paper:
+            flush()
+            links = [paper_link(key) for key in re.findall(r"[\w-]+", paper[2])]
+            out.extend(["", f"{paper[1]}:Paper: {', '.join(links)}", ""])
+        elif chapter:
+            flush()
+            out.extend(["", f"{chapter[1]}:Chapter: {chapter_link(chapter[2])}", ""])
+        else:
+            block.append(line)
+    flush()
+    return out
+
+
+def _prose(text: str) -> str:
+    """Mathematics between dollars as roles; bars and underscores outside code as themselves."""
+    parts = re.split(
+        r"(``.+?``|:[\w:+-]+:`[^`]+`|`[^`\n]+`_{0,2}|\$\$.+?\$\$|(?<![\\\w$])\$[^$]+?\$(?![\w$]))", text, flags=re.S
+    )
+    for i, part in enumerate(parts):
+        if i % 2 and part.startswith("$"):
+            parts[i] = f":math:`{' '.join(part.strip('$').split())}`"
+        elif not i % 2:
+            part = re.sub(r"(?<=\w)_(?=[\s.,;:)\]]|$)", r"\\_", part)
+            parts[i] = re.sub(r"(?<!\\)\|(?=\S)|(?<=\S)(?<!\\)\|", r"\\|", part)
+    return "".join(parts)
+
+
+def conventions(app, what, name, obj, options, lines):
+    """Rewrite one docstring in place, after its Google sections were read."""
     if not hasattr(app, "companion_register"):
         app.companion_register = _registered()
-    out = []
-    for line in lines:
-        indent = line[: len(line) - len(line.lstrip())]
-        paper = re.fullmatch(r"\s*Papers?:\s*(\S.*)", line)
-        chapter = re.fullmatch(r"\s*Chapters?:\s*`*([\w-]+/[\w-]+)`*\.?\s*", line)
-        if paper:
-            links = [_paper_link(key, app.companion_register) for key in re.findall(r"[\w-]+", paper[1])]
-            out += ["", f"{indent}:Paper: {', '.join(links)}"]
-        elif chapter:
-            out += ["", f"{indent}:Chapter: {_chapter_link(app, chapter[1])}"]
-        elif line.lstrip().startswith(">>>") or line.lstrip().startswith("..."):
-            out.append(line)
-        else:
-            out.append(_mathematics(line))
-    lines[:] = out
+
+    def paper_link(key):
+        row = app.companion_register.get(key)
+        return f"`{row['title'].strip()} <{row['url']}>`__" if row and row.get("url") else f"``{key}``"
+
+    def chapter_link(chapter):
+        document = f"book/{chapter}"
+        return f":doc:`/{document}`" if document in app.env.found_docs else f"``{chapter}``"
+
+    lines[:] = to_rst(lines, paper_link, chapter_link)
 
 
-def _mathematics(line: str) -> str:
-    return re.sub(r"(?<![\\$\w])\$([^$\n]+?)\$(?![\w$])", lambda m: f":math:`{m[1].strip()}`", line)
-
-
-def _paper_link(key: str, register: dict) -> str:
-    row = register.get(key)
-    return f"`{row['title'].strip()} <{row['url']}>`__" if row and row.get("url") else f"``{key}``"
-
-
-def _chapter_link(app, chapter: str) -> str:
-    document = f"book/{chapter}"
-    return f":doc:`/{document}`" if document in app.env.found_docs else f"``{chapter}``"
+def skip_inherited(app, what, name, obj, skip, options):
+    """scikit-learn writes its routing methods into every estimator; its own pages explain them."""
+    return True if re.fullmatch(r"set_\w+_request|get_metadata_routing", name) else None
 
 
 def setup(app):
-    """Connect the two hooks."""
+    """Connect the hooks."""
     app.connect("html-page-context", drop_remote_scripts, priority=900)
-    app.connect("autodoc-process-docstring", conventions_to_rst, priority=400)
+    app.connect("autodoc-process-docstring", conventions, priority=600)
+    app.connect("autodoc-skip-member", skip_inherited)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

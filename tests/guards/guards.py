@@ -19,15 +19,19 @@ CORE = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "torchmetrics", "tqd
 MAX_BYTES = 800_000
 
 
+def module(path):
+    """A script or extension of the repository as a module."""
+    name = f"repository_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def tool(name):
-    """A script of `tools/` as a module."""
-    path = HERE / "tools" / f"{name}.py"
-    if f"tools_{name}" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(f"tools_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[f"tools_{name}"] = module
-        spec.loader.exec_module(module)
-    return sys.modules[f"tools_{name}"]
+    """A script of `tools/`."""
+    return module(HERE / "tools" / f"{name}.py")
 
 
 def tracked(root):
@@ -249,7 +253,10 @@ def guard_docstrings(root):
     from docutils.parsers.rst import roles
     from sphinx.ext.napoleon import Config, GoogleDocstring
 
-    roles.register_local_role("math", lambda *a, **k: ([nodes.literal("", a[2])], []))
+    to_rst = module(HERE / "book" / "_ext" / "site_pages.py").to_rst
+    for name in ("math", "doc"):
+        roles.register_local_role(name, lambda role, raw, text, *rest, **more: ([nodes.literal("", text)], []))
+    settings = {"report_level": 5, "halt_level": 6, "warning_stream": False}
     found = []
     for path in sorted((root / "companion").rglob("*.py")):
         for name, node in _defined(path).items():
@@ -267,11 +274,8 @@ def guard_docstrings(root):
                 except Exception as error:
                     found.append(f"{short(path, root)}:{part.lineno} {part.name}: {error}")
                     continue
-                plain = re.sub(r"(?<!`)`([^`\n]+)`(?!`)", r"``\1``", plain)
-                plain = re.sub(r"(?<![\\$\w])\$([^$\n]+?)\$(?![\w$])", "``math``", plain)
-                tree = publish_doctree(
-                    plain, settings_overrides={"report_level": 5, "halt_level": 6, "warning_stream": False}
-                )
+                plain = ".. default-role:: literal\n\n" + "\n".join(to_rst(plain.splitlines()))
+                tree = publish_doctree(plain, settings_overrides=settings)
                 for message in tree.findall(nodes.system_message):
                     if message["level"] >= 2 and "nknown" not in message.astext():
                         found.append(
