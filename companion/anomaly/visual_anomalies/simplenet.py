@@ -1,0 +1,168 @@
+"""SimpleNet: noise around normal features plays the anomalies, and a small discriminator learns the border.
+
+Public: `FeatureAdaptor`, `NoiseDiscriminator`, `truncated_l1_loss`, `SimpleNetDetector`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from companion.anomaly.visual_anomalies.detector import ImageDetector
+from companion.checks import check_in_range, check_positive_int
+
+__all__ = ["FeatureAdaptor", "NoiseDiscriminator", "SimpleNetDetector", "truncated_l1_loss"]
+
+
+def truncated_l1_loss(normal: Tensor, fake: Tensor, threshold: float = 0.5) -> Tensor:
+    r"""Return the mean of $\max(0, t - D(x)) + \max(0, t + D(\tilde x))$.
+
+    Beyond the threshold t an example no longer pulls: the discriminator need not be certain, only on the right side.
+
+    Args:
+        normal: discriminator outputs on normal features.
+        fake: its outputs on noisy features.
+        threshold: t.
+
+    >>> truncated_l1_loss(torch.tensor([0.5, 0.0]), torch.tensor([-1.0, -0.5]))
+    tensor(0.2500)
+
+    Paper: liu2023simplenet
+    Chapter: anomaly/visual-anomalies
+    """
+    return (threshold - normal).clamp(min=0).mean() + (threshold + fake).clamp(min=0).mean()
+
+
+class FeatureAdaptor(nn.Linear):
+    """One linear layer from backbone features towards the target domain, starting as the identity.
+
+    >>> FeatureAdaptor(3)(torch.tensor([[1.0, 2.0, 3.0]])).tolist()
+    [[1.0, 2.0, 3.0]]
+
+    Paper: liu2023simplenet
+    Chapter: anomaly/visual-anomalies
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim)
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class NoiseDiscriminator(nn.Sequential):
+    """Two layers that map a feature to one number: positive = normal.
+
+    Args:
+        dim: channels of a feature.
+        hidden: width of the hidden layer.
+
+    >>> NoiseDiscriminator(3, 8)(torch.zeros(5, 3)).shape
+    torch.Size([5, 1])
+
+    Paper: liu2023simplenet
+    Chapter: anomaly/visual-anomalies
+    """
+
+    def __init__(self, dim: int, hidden: int = 64):
+        super().__init__(nn.Linear(dim, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1, bias=False))
+
+
+class SimpleNetDetector(ImageDetector):
+    r"""Tell normal patch features from the same features with Gaussian noise; the discriminator is the score.
+
+    Features are standardised per channel, adapted, and paired with $\tilde x = x + \sigma \varepsilon$. At test time
+    the noise is gone and the map is $-D(G(x))$. The paper's $\sigma = 0.015$ belongs to features that are not
+    standardised; in units of the standard deviation of a channel the right size is about 1.
+
+    Args:
+        backbone: images to a list of maps; None is the shipped network.
+        patch: side of the averaged neighbourhood.
+        noise_std: sigma, in units of each channel's standard deviation.
+        hidden: width of the discriminator.
+        steps: Adam steps.
+        lr: learning rate of the adaptor; the discriminator takes ten times as much.
+        patches_per_step: normal features drawn in each step.
+        corrupt: None for noise in feature space; a function (images, generator) -> images instead makes the negatives
+            from damaged images, the alternative the paper argues against.
+        batch_size: images per pass.
+        device: "auto", or a torch device.
+        random_state: seed for weights, draws and noise; None uses torch's default generator.
+
+    >>> normal = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.2
+    >>> SimpleNetDetector(steps=5, random_state=0).fit(normal).score_samples(normal).shape
+    torch.Size([4])
+
+    Paper: liu2023simplenet
+    Chapter: anomaly/visual-anomalies
+    """
+
+    def __init__(
+        self,
+        backbone=None,
+        patch: int = 3,
+        noise_std: float = 1.0,
+        hidden: int = 64,
+        steps: int = 600,
+        lr: float = 3e-4,
+        patches_per_step: int = 256,
+        corrupt: Callable[[Tensor, torch.Generator | None], Tensor] | None = None,
+        batch_size: int = 64,
+        device: str = "auto",
+        random_state: int | None = None,
+    ):
+        self.backbone = backbone
+        self.patch = patch
+        self.noise_std = noise_std
+        self.hidden = hidden
+        self.steps = steps
+        self.lr = lr
+        self.patches_per_step = patches_per_step
+        self.corrupt = corrupt
+        self.batch_size = batch_size
+        self.device = device
+        self.random_state = random_state
+
+    def _fit(self, images: Tensor) -> None:
+        check_positive_int(self.steps, "steps")
+        check_in_range(self.noise_std, "noise_std", 0.0, float("inf"))
+        g = self._generator()
+        normal = self._patches(images).flatten(0, 2)
+        self.mean_, self.std_ = normal.mean(0), normal.std(0).clamp(min=1e-6)
+        normal = (normal - self.mean_) / self.std_
+        negatives = None
+        if self.corrupt is not None:
+            damaged = self._patches(self.corrupt(images, g)).flatten(0, 2)
+            damaged = (damaged - self.mean_) / self.std_
+            changed = (damaged - normal).abs().amax(1) > 0.1
+            negatives = damaged[changed]
+        self._train(normal, negatives, g)
+
+    def _train(self, normal: Tensor, negatives: Tensor | None, g: torch.Generator | None) -> None:
+        dim = normal.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=g)))
+            self.adaptor_ = FeatureAdaptor(dim).to(normal)
+            self.discriminator_ = NoiseDiscriminator(dim, self.hidden).to(normal)
+        groups = [
+            {"params": self.adaptor_.parameters(), "lr": self.lr},
+            {"params": self.discriminator_.parameters(), "lr": 10 * self.lr},
+        ]
+        optimizer = torch.optim.Adam(groups, weight_decay=1e-5)
+        b = self.patches_per_step
+        self.loss_ = []
+        for _ in range(self.steps):
+            x = self.adaptor_(normal[torch.randint(len(normal), (b,), generator=g).to(normal.device)])
+            if negatives is None:
+                fake = x + self.noise_std * torch.randn(x.shape, generator=g).to(x)
+            else:
+                fake = self.adaptor_(negatives[torch.randint(len(negatives), (b,), generator=g).to(normal.device)])
+            loss = truncated_l1_loss(self.discriminator_(x), self.discriminator_(fake))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            self.loss_.append(float(loss.detach()))
+
+    @torch.no_grad()
+    def _score_patches(self, grid: Tensor) -> Tensor:
+        x = (grid - self.mean_) / self.std_
+        return -self.discriminator_(self.adaptor_(x))[..., 0]
