@@ -1,1 +1,50 @@
-"""TODO theme sentence."""
+"""Calibration: can a model's probabilities be believed, and how to make them so."""
+
+from companion.calibration.measuring_calibration import classwise_ece, expected_calibration_error
+from companion.calibration.recalibration import (
+    CorrectnessCalibrator,
+    GlobalTemperature,
+    HCalibrator,
+    MarginTemperature,
+    MonotoneLogitMap,
+    OverlapMixture,
+    ProgressiveTargets,
+    SharpeningSlopes,
+    TemperatureScaler,
+    VectorScaling,
+    ViewTemperature,
+    correctness_aware_loss,
+    h_calibration_loss,
+    make_overlap_mixture,
+    nll_slope,
+    progressive_gradient_ratio,
+    rotate,
+    running_gap,
+    sharpening_slopes,
+    shifted_views,
+)
+
+__all__ = [
+    "CorrectnessCalibrator",
+    "GlobalTemperature",
+    "HCalibrator",
+    "MarginTemperature",
+    "MonotoneLogitMap",
+    "OverlapMixture",
+    "ProgressiveTargets",
+    "SharpeningSlopes",
+    "TemperatureScaler",
+    "VectorScaling",
+    "ViewTemperature",
+    "classwise_ece",
+    "correctness_aware_loss",
+    "expected_calibration_error",
+    "h_calibration_loss",
+    "make_overlap_mixture",
+    "nll_slope",
+    "progressive_gradient_ratio",
+    "rotate",
+    "running_gap",
+    "sharpening_slopes",
+    "shifted_views",
+]

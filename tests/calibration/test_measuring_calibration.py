@@ -1,0 +1,156 @@
+"""Calibration errors: against a literal reading of the definition, edges included, and against torchmetrics."""
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from companion.calibration import classwise_ece, expected_calibration_error
+
+
+def draw(n=500, n_classes=4, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    probs = (2 * torch.randn(n, n_classes, generator=generator, dtype=dtype)).softmax(1)
+    labels = probs.sqrt().multinomial(1, generator=generator).squeeze(1)
+    return probs, labels
+
+
+def on_edges(n_bins, dtype):
+    """Two-class probabilities whose first column is every edge, its neighbours, and 0 and 1."""
+    edges = torch.arange(n_bins + 1, dtype=dtype) / n_bins
+    up = torch.nextafter(edges, torch.full_like(edges, 2.0)).clamp(max=1)
+    down = torch.nextafter(edges, torch.full_like(edges, -1.0)).clamp(min=0)
+    p = torch.cat([edges, up, down])
+    return torch.stack([p, 1 - p], dim=1)
+
+
+def binary(confidence, outcome, n_bins, norm):
+    """The definition, one bin at a time: bins are (lo, hi], and the first holds 0 too."""
+    gaps, sizes = [], []
+    for k in range(n_bins):
+        inside = (confidence > k / n_bins) & (confidence <= (k + 1) / n_bins)
+        if k == 0:
+            inside |= confidence == 0
+        if inside.any():
+            gaps.append((confidence[inside].double() - outcome[inside].double()).mean().abs().item())
+            sizes.append(inside.sum().item())
+    assert sum(sizes) == len(confidence)
+    gaps, weights = np.array(gaps), np.array(sizes) / len(confidence)
+    return {"l1": (weights * gaps).sum(), "l2": np.sqrt((weights * gaps**2).sum()), "max": gaps.max()}[norm]
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+@pytest.mark.parametrize("n_bins", [1, 2, 10, 15, 49])
+class TestDefinition:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_ece_at_the_edges(self, norm, n_bins, dtype):
+        probs = torch.cat([on_edges(n_bins, dtype), draw(dtype=dtype, n_classes=2)[0]])
+        labels = torch.arange(len(probs)) % 2
+        confidence, predicted = probs.max(1)
+        expected = binary(confidence, predicted == labels, n_bins, norm)
+        assert expected_calibration_error(probs, labels, n_bins, norm).item() == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_classwise_at_the_edges(self, norm, n_bins, dtype):
+        probs = on_edges(n_bins, dtype)
+        labels = torch.arange(len(probs)) % 2
+        expected = np.mean([binary(probs[:, c], labels == c, n_bins, norm) for c in range(2)])
+        assert classwise_ece(probs, labels, n_bins, norm).item() == pytest.approx(expected, abs=1e-9)
+
+    def test_torchmetrics(self, norm, n_bins):
+        probs, labels = draw()
+        theirs = multiclass_calibration_error(probs, labels, num_classes=4, n_bins=n_bins, norm=norm).item()
+        assert expected_calibration_error(probs, labels, n_bins, norm).item() == pytest.approx(theirs, abs=1e-6)
+
+
+def test_by_hand():
+    probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.0, 1.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1, 1])  # gaps: .9 - .5 on two, .6 - 0 on one, 0 on one
+    for norm, expected in (("l1", 0.35), ("l2", ((2 * 0.16 + 0.36) / 4) ** 0.5), ("max", 0.6)):
+        assert expected_calibration_error(probs, labels, 10, norm).item() == pytest.approx(expected)
+
+
+def test_mass_bins_hold_equally_many():
+    probs, labels = draw(1200)
+    order = probs.amax(1).argsort()
+    confidence, predicted = probs[order].max(1)
+    gaps = (confidence - (predicted == labels[order]).double()).view(12, 100).mean(1)
+    ours = expected_calibration_error(probs, labels, 12, strategy="mass").item()
+    assert ours == pytest.approx(gaps.abs().mean().item())
+    worst = expected_calibration_error(probs, labels, 12, "max", "mass").item()
+    assert worst == pytest.approx(gaps.abs().max().item())
+
+
+def test_mass_bins_keep_ties_together():
+    probs = torch.tensor([[0.7, 0.3]]).repeat(10, 1)
+    labels = torch.tensor([0] * 7 + [1] * 3)
+    for order in (torch.arange(10), torch.arange(9, -1, -1)):
+        assert expected_calibration_error(probs, labels[order], 5, strategy="mass").item() == pytest.approx(0, abs=1e-7)
+    assert classwise_ece(probs, labels, 5, strategy="mass").item() == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+def test_chunks_change_nothing(norm, monkeypatch):
+    probs, labels = draw(300)
+    whole = classwise_ece(probs, labels, norm=norm)
+    monkeypatch.setattr("companion.calibration.measuring_calibration._CHUNK", 28)
+    assert classwise_ece(probs, labels, norm=norm).item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+def test_certain_and_right_is_zero_certain_and_wrong_is_one():
+    probs = torch.eye(3)
+    assert expected_calibration_error(probs, [0, 1, 2]).item() == 0
+    assert expected_calibration_error(probs, [1, 2, 0]).item() == 1
+    assert classwise_ece(probs, [0, 1, 2]).item() == 0
+
+
+def test_float32_sums_do_not_drift():
+    probs = torch.tensor([[0.7, 0.3]]).repeat(200_000, 1)
+    labels = (torch.arange(200_000) % 10 >= 7).long()
+    assert expected_calibration_error(probs, labels).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_gradient_lowers_overconfidence():
+    logits = torch.tensor([[2.0, 0.0]], dtype=torch.float64).repeat(4, 1).requires_grad_()
+    expected_calibration_error(logits.softmax(1), [0, 0, 1, 1]).backward()
+    assert bool((logits.grad[:, 0] > 0).all())
+
+
+@pytest.mark.parametrize("metric", [expected_calibration_error, classwise_ece])
+class TestInput:
+    def test_kinds(self, metric):
+        probs, labels = draw(50)
+        expected = metric(probs, labels).item()
+        assert metric(probs.numpy(), labels.numpy()).item() == pytest.approx(expected)
+        assert metric(probs.tolist(), labels.tolist()).item() == pytest.approx(expected, abs=1e-6)
+
+    def test_half_precision(self, metric):
+        probs, labels = draw(400)
+        assert metric(probs.half(), labels).item() == pytest.approx(metric(probs, labels).item(), abs=0.02)
+
+    @pytest.mark.parametrize(
+        ("wrong", "match"),
+        [
+            ({"probs": torch.randn(50, 4)}, "looks like logits"),
+            ({"labels": torch.full((50,), 4)}, "0..3"),
+            ({"labels": torch.zeros(49, dtype=torch.long)}, "one per sample"),
+            ({"n_bins": 0}, "n_bins"),
+            ({"norm": "l3"}, "norm"),
+            ({"strategy": "no"}, "strategy"),
+        ],
+    )
+    def test_bad_input(self, metric, wrong, match):
+        probs, labels = draw(50)
+        with pytest.raises(ValueError, match=match):
+            metric(**{"probs": probs, "labels": labels, **wrong})
+
+    def test_swapped(self, metric):
+        probs, labels = draw(50)
+        with pytest.raises((TypeError, ValueError), match="labels"):
+            metric(labels, probs)
+
+    def test_devices_agree(self, metric, device):
+        probs, labels = draw(200)
+        there = metric(probs.to(device), labels.to(device))
+        assert there.device.type == device.type
+        assert there.item() == pytest.approx(metric(probs, labels).item(), abs=1e-12)
