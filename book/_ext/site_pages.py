@@ -81,6 +81,8 @@ def _prose(text: str) -> str:
         if i % 2 and part.startswith("$"):
             parts[i] = f":math:`{' '.join(part.strip('$').split())}`"
         elif not i % 2:
+            # "d: C." would begin a list.
+            part = re.sub(r"^(\s*:\w+ [^:\n]+:\s+)([A-Za-z]\.)(?=\s|$)", r"\1\\\2", part, flags=re.M)
             part = re.sub(r"(?<=\w)_(?=[\s.,;:)\]]|$)", r"\\_", part)
             parts[i] = re.sub(r"(?<!\\)\|(?=\S)|(?<=\S)(?<!\\)\|", r"\\|", part)
     return "".join(parts)
@@ -107,9 +109,20 @@ def skip_inherited(app, what, name, obj, skip, options):
     return True if re.fullmatch(r"set_\w+_request|get_metadata_routing", name) else None
 
 
+def public_bases(app, name, obj, options, bases):
+    """A private base class says nothing to a reader: its own bases stand in for it."""
+    shown = []
+    for base in bases:
+        while getattr(base, "__name__", "").startswith("_") and getattr(base, "__bases__", ()):
+            base = base.__bases__[0]
+        shown.append(base)
+    bases[:] = shown
+
+
 def setup(app):
     """Connect the hooks."""
     app.connect("html-page-context", drop_remote_scripts, priority=900)
     app.connect("autodoc-process-docstring", conventions, priority=600)
     app.connect("autodoc-skip-member", skip_inherited)
+    app.connect("autodoc-process-bases", public_bases)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
