@@ -15,6 +15,7 @@ from companion.dimensionality import (
     JetPack,
     LoRALinear,
     PromptedTower,
+    PromptedTowers,
     SurgeryBlock,
     TuckerDelta,
     TwoTowers,
@@ -414,3 +415,21 @@ class TestPrompts:
     def test_unknown_layer(self):
         with pytest.raises(ValueError, match="name of a layer"):
             PromptedTower(nn.Linear(2, 2), "body", 2)
+
+    def test_prompted_towers_start_at_the_towers_and_report_their_shift(self, generator):
+        towers = TwoTowers(MLP((4, 6, 3), seed=0), MLP((2, 6, 3), seed=1))
+        texts = torch.randn(5, 2, generator=generator)
+        both = PromptedTowers(towers, texts, "body.layer1.linear", 6)
+        x = torch.randn(7, 4, generator=generator)
+        out = both(x)
+        assert torch.equal(out.logits, towers(x, texts))
+        assert not out.image_shift.any()
+        with torch.no_grad():
+            both.after.image.prompt.fill_(0.5)
+        out = both(x)
+        assert not out.text_shift.any()
+        torch.testing.assert_close(out.image_shift, (out.images - towers.embed_images(x)).norm(dim=1))
+        only = PromptedTowers(towers, texts, "body.layer1.linear", 6, text=False)
+        assert [n for n, p in only.named_parameters() if p.requires_grad] == ["after.image.prompt"]
+        with pytest.raises(ValueError, match="nothing to train"):
+            PromptedTowers(towers, texts, "body.layer1.linear", 6, image=False, text=False)

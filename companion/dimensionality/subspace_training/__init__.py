@@ -14,7 +14,9 @@ from companion.dimensionality.subspace_training.low_rank import (
 )
 from companion.dimensionality.subspace_training.parameters import FrozenModule, train_only, trainable_count
 from companion.dimensionality.subspace_training.prompts import (
+    Prompted,
     PromptedTower,
+    PromptedTowers,
     SurgeryBlock,
     TwoTowers,
     alignment,
@@ -51,7 +53,9 @@ __all__ = [
     "HyperNetwork",
     "JetPack",
     "LoRALinear",
+    "Prompted",
     "PromptedTower",
+    "PromptedTowers",
     "RandomSubspace",
     "StructureAwareSubspace",
     "SurgeryBlock",

@@ -1,16 +1,27 @@
 """Prompts in a two-tower network: how far they displace the embeddings, and what that does to their alignment.
 
-Public: `TwoTowers`, `PromptedTower`, `SurgeryBlock`, `feature_shift`, `shift_consistency_loss`, `alignment`.
+Public: `TwoTowers`, `PromptedTower`, `PromptedTowers`, `Prompted`, `SurgeryBlock`, `feature_shift`,
+`shift_consistency_loss`, `alignment`.
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from companion.checks import check_positive_int
 
-__all__ = ["PromptedTower", "SurgeryBlock", "TwoTowers", "alignment", "feature_shift", "shift_consistency_loss"]
+__all__ = [
+    "Prompted",
+    "PromptedTower",
+    "PromptedTowers",
+    "SurgeryBlock",
+    "TwoTowers",
+    "alignment",
+    "feature_shift",
+    "shift_consistency_loss",
+]
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:
@@ -140,6 +151,68 @@ class PromptedTower(nn.Module):
             return self.tower(x)
         finally:
             hook.remove()
+
+
+class Prompted(NamedTuple):
+    """What `PromptedTowers` returns for n images and c texts.
+
+    Paper: yang2024restore
+    Chapter: dimensionality/subspace-training
+    """
+
+    logits: Tensor  # (n, c)
+    image_shift: Tensor  # (n,)
+    text_shift: Tensor  # (c,)
+    images: Tensor  # (n, d), of length one
+    texts: Tensor  # (c, d), of length one
+
+
+class PromptedTowers(nn.Module):
+    r"""Two frozen towers with a learned prompt in one or both, and a fixed list of texts to choose from.
+
+    Beside the logits it returns the new embeddings and how far they are from the old ones, which is what penalties
+    and diagnoses need.
+
+    Args:
+        towers: the trained pair; it is copied.
+        texts: the texts of all classes, (c, ...).
+        layer: name of the layer of both networks whose output the prompts are added to.
+        dim: length of that output's last axis.
+        image: whether the prompt of the image tower is trained.
+        text: whether the prompt of the text tower is trained.
+
+    Raises:
+        ValueError: neither prompt is trained, or there is no such layer.
+
+    >>> image, text = (nn.Sequential(nn.Linear(n, 8), nn.Linear(8, 2)) for n in (4, 3))
+    >>> out = PromptedTowers(TwoTowers(image, text), torch.eye(3), layer="0", dim=8)(torch.randn(5, 4))
+    >>> out.logits.shape, out.image_shift.max().item()
+    (torch.Size([5, 3]), 0.0)
+
+    Paper: yang2024restore
+    Chapter: dimensionality/subspace-training
+    """
+
+    def __init__(
+        self, towers: TwoTowers, texts: Tensor, layer: str, dim: int, *, image: bool = True, text: bool = True
+    ):
+        super().__init__()
+        if not (image or text):
+            raise ValueError("expected image=True or text=True: with neither there is nothing to train")
+        self.before = copy.deepcopy(towers).requires_grad_(False)
+        self.after = TwoTowers(
+            PromptedTower(towers.image, layer, dim), PromptedTower(towers.text, layer, dim), towers.scale
+        )
+        self.after.image.prompt.requires_grad_(image)
+        self.after.text.prompt.requires_grad_(text)
+        self.register_buffer("choices", texts.detach().clone())
+
+    def forward(self, images: Tensor) -> Prompted:
+        """Return logits, shifts and embeddings for a batch of images, (n, ...)."""
+        i, t = self.after.embed_images(images), self.after.embed_texts(self.choices)
+        image_shift = feature_shift(i, self.before.embed_images(images))
+        text_shift = feature_shift(t, self.before.embed_texts(self.choices))
+        return Prompted(self.after.scale * i @ t.mT, image_shift, text_shift, i, t)
 
 
 class SurgeryBlock(nn.Module):
