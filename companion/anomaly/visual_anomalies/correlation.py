@@ -55,7 +55,8 @@ def attention_entropy(attention: Tensor) -> Tensor:
     Paper: yao2023focus
     Chapter: anomaly/visual-anomalies
     """
-    return -torch.special.xlogy(attention, attention).sum(-1)
+    # not xlogy: its gradient at a masked zero is NaN
+    return -(attention * attention.clamp(min=1e-30).log()).sum(-1)
 
 
 def correlation_loss(attention: Tensor, target: Tensor) -> Tensor:

@@ -173,8 +173,8 @@ def align_embedding(
 ) -> Tensor:
     r"""Return embeddings fitted to images, each held near its caption's.
 
-    $\arg\min_e \lVert D(e) - x \rVert^2 + \lambda \lVert e - e_{text} \rVert^2$: starting from the caption, the embedding
-    changes where the image disagrees.
+    $\arg\min_e \lVert D(e) - x \rVert^2 + \lambda \lVert e - e_{text} \rVert^2$: starting from the caption, the
+    embedding changes where the image disagrees.
 
     Args:
         images: (n, 3, 32, 32).
