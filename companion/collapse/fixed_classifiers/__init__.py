@@ -1,0 +1,101 @@
+"""Classifiers whose last layer is given instead of learned, and the layers around that idea, one mechanism per file."""
+
+from companion.collapse.fixed_classifiers.attention import (
+    KernelAttention,
+    NormAwareLinearAttention,
+    attention_entropy,
+    entropy_vs_norm,
+    linear_attention,
+    linear_weights,
+    norm_aware_key,
+    norm_aware_query,
+    positive_feature,
+    softmax_weights,
+)
+from companion.collapse.fixed_classifiers.basis import (
+    EBVHead,
+    coherence,
+    equiangular_basis,
+    welch_bound,
+)
+from companion.collapse.fixed_classifiers.distillation import (
+    KDLoss,
+    NDLoss,
+    ProjectedStudent,
+)
+from companion.collapse.fixed_classifiers.federated import (
+    FedLoGe,
+    dirichlet_partition,
+    fedavg,
+    realign_norms,
+    sparse_etf,
+)
+from companion.collapse.fixed_classifiers.grassmann import (
+    GrassmannHead,
+    RiemannianSGD,
+    grassmann_distance,
+    grassmann_exp,
+    intra_class_variability,
+)
+from companion.collapse.fixed_classifiers.metric_labels import (
+    LokiHead,
+    embedding_metric,
+    frechet_predict,
+    grid_metric,
+    locus,
+    next_class,
+    tree_metric,
+)
+from companion.collapse.fixed_classifiers.spherical import (
+    FactoredOutputLayer,
+    SphericalSoftmaxLoss,
+    SphericalStats,
+    TaylorSoftmaxLoss,
+    ZLoss,
+    spherical_stats,
+    topk_error,
+)
+
+__all__ = [
+    "EBVHead",
+    "FactoredOutputLayer",
+    "FedLoGe",
+    "GrassmannHead",
+    "KDLoss",
+    "KernelAttention",
+    "LokiHead",
+    "NDLoss",
+    "NormAwareLinearAttention",
+    "ProjectedStudent",
+    "RiemannianSGD",
+    "SphericalSoftmaxLoss",
+    "SphericalStats",
+    "TaylorSoftmaxLoss",
+    "ZLoss",
+    "attention_entropy",
+    "coherence",
+    "dirichlet_partition",
+    "embedding_metric",
+    "entropy_vs_norm",
+    "equiangular_basis",
+    "fedavg",
+    "frechet_predict",
+    "grassmann_distance",
+    "grassmann_exp",
+    "grid_metric",
+    "intra_class_variability",
+    "linear_attention",
+    "linear_weights",
+    "locus",
+    "next_class",
+    "norm_aware_key",
+    "norm_aware_query",
+    "positive_feature",
+    "realign_norms",
+    "softmax_weights",
+    "sparse_etf",
+    "spherical_stats",
+    "topk_error",
+    "tree_metric",
+    "welch_bound",
+]
