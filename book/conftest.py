@@ -5,6 +5,8 @@ more means that the outputs on the page are stale.
 """
 
 import os
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -58,4 +60,69 @@ def drift(before, now):
                     f"{key}: the mean of {name} is {new['mean'][name]:.4g}, the page says {old['mean'][name]:.4g} "
                     f"(it may move by {allowed:.2g})"
                 )
+    return found
+
+
+SECONDS = pytest.StashKey[dict]()
+SLACK = 2  # how much slower than ours a machine may be
+
+
+def pytest_configure(config):
+    """Begin to count seconds per notebook."""
+    config.stash[SECONDS] = defaultdict(float)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Note in each report which notebook it is about, so that the counting process can add its time."""
+    outcome = yield
+    if hasattr(item, "test_outputs"):
+        outcome.get_result().user_properties.append(("notebook", str(item.path)))
+
+
+def pytest_sessionfinish(session):
+    """Fail the run of a chapter that takes much longer than it may."""
+    slow = over_budget(session.config.stash.get(SECONDS, {}))
+    for line in slow:
+        print(f"\n{line}")
+    if slow and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+class _Clock:
+    """Adds up reports where they arrive: in the one process, or in the one that hands out work to others."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def pytest_runtest_logreport(self, report):
+        for name, value in report.user_properties:
+            if name == "notebook":
+                self.seconds[value] += report.duration
+
+
+def pytest_sessionstart(session):
+    """Start the clock."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(_Clock(session.config.stash[SECONDS]))
+
+
+def over_budget(seconds):
+    """Return what is wrong with how long notebooks took, as sentences.
+
+    Args:
+        seconds: by notebook; 15 and 8 per paper are allowed, at most 90, twice that on a slow machine.
+    """
+    from companion import papers
+
+    found = []
+    for notebook, taken in sorted(seconds.items()):
+        chapter = Path(notebook).stem
+        count = len(papers.papers(chapter=chapter)) if chapter in papers.chapters() else 0
+        allowed = min(90.0, 15.0 + 8.0 * count)
+        if taken > SLACK * allowed:
+            found.append(
+                f"{chapter} took {taken:.0f} s, its budget is {allowed:.0f} s (8 per paper and 15): train fewer or"
+                " smaller models, train them together with fit_many, or split the chapter"
+            )
     return found

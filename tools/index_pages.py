@@ -190,6 +190,7 @@ def write(path: Path, text: str) -> None:
 
 def dotted(module, name: str, obj) -> str:
     """Where a public name is defined: the anchor of its entry, which `show` links to."""
+    obj = inspect.unwrap(obj) if callable(obj) else obj  # a cached function is still that function
     if (inspect.isclass(obj) or inspect.isfunction(obj)) and obj.__module__.split(".")[0] == "companion":
         return f"{obj.__module__}.{obj.__qualname__}"
     return f"{module.__name__}.{name}"

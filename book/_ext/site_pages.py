@@ -84,6 +84,12 @@ def _prose(text: str) -> str:
             # "d: C." would begin a list.
             part = re.sub(r"^(\s*:\w+ [^:\n]+:\s+)([A-Za-z]\.)(?=\s|$)", r"\1\\\2", part, flags=re.M)
             part = re.sub(r"(?<=\w)_(?=[\s.,;:)\]]|$)", r"\\_", part)
+            part = "".join(
+                piece if j % 2 else re.sub(r"(?<!\\)\*", r"\\*", piece)
+                for j, piece in enumerate(
+                    re.split(r"(\*\*[^*\s][^*\n]*\*\*|(?<![\w*])\*[^*\s][^*\n]*\*(?![\w*])|^\s*\* )", part)
+                )
+            )
             parts[i] = re.sub(r"(?<!\\)\|(?=\S)|(?<=\S)(?<!\\)\|", r"\\|", part)
     return "".join(parts)
 

@@ -336,7 +336,7 @@ def links(book: Path = _BOOK) -> dict[str, list[tuple[str, str]]]:
     for file in _chapter_files(Path(book)):
         prose = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.S)
         pairs = re.findall(r"(?<!!)\[([^\]]+)\]\((https?://[^)\s]+)\)", prose)
-        found[f"{file.parent.name}/{file.stem}"] = pairs
+        found[f"{file.parent.name}/{file.stem}"] = [(" ".join(text.split()), address) for text, address in pairs]
     return found
 
 

@@ -368,7 +368,7 @@ def guard_decimals(root):
                 )
                 plain = re.sub(r"\]\([^)]*\)|https?://\S+", "]", sentence)
                 number = re.search(
-                    r"(?<![\w.])\d+[.,]\d+(?![\w.]*\w)|(?<![\w.])\d+(\.\d+)?\s?(%|per cent|percent)", plain
+                    r"(?<![\w.])\d+\.\d+(?![\w.]*\w)|(?<![\w.])\d+(\.\d+)?\s?(%|per cent|percent)", plain
                 )
                 if number and not linked:
                     line = text.count("\n", 0, start + max(block.find(number[0]), 0)) + 1
@@ -387,7 +387,7 @@ class _Images(HTMLParser):
         self.images, self.figures, self.captions, self.inside, self.words = [], 0, [], False, ""
 
     def handle_starttag(self, tag, attrs):
-        if tag == "img":
+        if tag == "img" and dict(attrs).get("aria-hidden") != "true":
             self.images.append(dict(attrs).get("alt"))
         self.figures += tag == "figure"
         if tag == "figcaption":

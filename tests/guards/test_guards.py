@@ -1,7 +1,10 @@
 """The book passes its guards, and each guard finds what is planted."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import guards
 import pytest
@@ -298,31 +301,30 @@ def test_a_quoted_number_beside_its_paper_is_fine(tree):
     assert guards.GUARDS["decimals"](tree) == []
 
 
-def drift():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("book_conftest", guards.HERE / "book/conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.drift
+def nbval_hooks():
+    """What book/conftest.py adds to nbval."""
+    return guards.module(guards.HERE / "book" / "conftest.py")
 
 
 def test_a_claim_that_drifted_is_found_and_one_that_did_not_is_left_alone():
     record = {"key": "demo/a", "statement": "it gains 1", "mean": {"gain": 2.0}, "sd": {"gain": 0.1}}
     near = {**record, "mean": {"gain": 2.15}}
     far = {**record, "mean": {"gain": 2.3}}
-    assert drift()({"demo/a": record}, {"demo/a": near}) == []
-    assert any("the page says" in line for line in drift()({"demo/a": record}, {"demo/a": far}))
-    assert any("not on the page" in line for line in drift()({}, {"demo/a": record}))
-    assert any("did not make it" in line for line in drift()({"demo/a": record}, {}))
+    assert nbval_hooks().drift({"demo/a": record}, {"demo/a": near}) == []
+    assert any("the page says" in line for line in nbval_hooks().drift({"demo/a": record}, {"demo/a": far}))
+    assert any("not on the page" in line for line in nbval_hooks().drift({}, {"demo/a": record}))
+    assert any("did not make it" in line for line in nbval_hooks().drift({"demo/a": record}, {}))
+
+
+def run_nbval(tree, *more):
+    """Run the notebooks of a small tree as `make notebooks-test` does."""
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", *more, "book"]
+    environment = {**os.environ, "COMPANION_SEED": "0", "PYTHONPATH": str(guards.HERE)}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_a_drifted_notebook_fails_under_nbval(tree):
     """The whole way: a notebook whose committed record differs from its run fails, and says what to do."""
-    import os
-    import subprocess
-    import sys
-
     folder = tree / "book/calibration"
     (tree / "book/conftest.py").write_text((guards.HERE / "book/conftest.py").read_text())
     source = (
@@ -335,18 +337,25 @@ def test_a_drifted_notebook_fails_under_nbval(tree):
     notebook["cells"] = [cell for cell in notebook["cells"] if cell.get("outputs")]
     notebook["cells"][0]["execution_count"] = 1
     (folder / "demo.ipynb").write_text(json.dumps(notebook))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--nbval-lax",
-        "--nbval-current-env",
-        "-p",
-        "no:cacheprovider",
-        "book",
-    ]
-    environment = {**os.environ, "COMPANION_SEED": "0", "PYTHONPATH": str(guards.HERE)}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    done = run_nbval(tree)
     assert done.returncode == 1, done.stdout
     assert "the page is stale: run `make notebooks`" in done.stdout
+
+
+def test_a_notebook_that_takes_too_long_is_found():
+    over = nbval_hooks().over_budget
+    assert over({"book/calibration/recalibration.ipynb": 40.0}) == []
+    assert "split the chapter" in over({"book/calibration/recalibration.ipynb": 140.0})[0]
+
+
+@pytest.mark.parametrize("more", [[], ["-n", "1", "--dist", "loadfile"]])
+def test_a_slow_notebook_fails_its_run(tree, more):
+    hooks = (guards.HERE / "book/conftest.py").read_text()
+    (tree / "book/conftest.py").write_text(hooks.replace("SLACK = 2 ", "SLACK = 0.0001 "))
+    output(tree, {"text/plain": "1"}, "import time; time.sleep(0.3)")
+    notebook = json.loads((tree / "book/calibration/demo.ipynb").read_text())
+    notebook["cells"] = [{**cell, "execution_count": 1} for cell in notebook["cells"] if cell.get("outputs")]
+    (tree / "book/calibration/demo.ipynb").write_text(json.dumps(notebook))
+    done = run_nbval(tree, *more)
+    assert done.returncode == 1, done.stdout
+    assert "its budget is" in done.stdout

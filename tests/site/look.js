@@ -11,7 +11,7 @@ ready.then(() => document.fonts.ready).then(() => {
       .filter((e) => !e.closest("pre, .highlight"))
       .map((e) => [...e.childNodes].filter((n) => n.nodeType === 3).map((n) => n.textContent).join(" "))
       .filter((t) => /\$[^$\s][^$]*\$|\\\(.+\\\)|\{[a-z]+\}`/.test(t)).map((t) => t.slice(0, 60)),
-    images: [...document.images].filter((i) => !(i.getAttribute("alt") || "").trim()).map((i) => i.src.slice(-60)),
-    broken: [...document.images].filter((i) => i.complete && !i.naturalWidth && i.loading !== "lazy").map((i) => i.src.slice(-60)),
+    images: [...document.images].filter((i) => i.ariaHidden !== "true" && !(i.getAttribute("alt") || "").trim()).map((i) => i.src.slice(-60)),
+    broken: [...document.images].filter((i) => i.getAttribute("src") && i.complete && !i.naturalWidth && i.loading !== "lazy").map((i) => i.src.slice(-60)),
   });
 }, (error) => done({ error: String(error) }));

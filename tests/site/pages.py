@@ -30,7 +30,7 @@ class Page(HTMLParser):
         self.anchors |= {given[name] for name in ("id", "name") if given.get(name)}
         if tag == "a" and given.get("href"):
             self.links.append(given["href"])
-        if tag == "img":
+        if tag == "img" and given.get("aria-hidden") != "true":
             self.images.append((given.get("src", ""), given.get("alt")))
         if tag in LOADING and given.get(LOADING[tag]):
             self.loads.append(given[LOADING[tag]])
