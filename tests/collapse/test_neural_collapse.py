@@ -12,7 +12,7 @@ from companion.collapse import (
     MarkovLanguage,
     NearestMeanDisagreement,
     NeuralCollapse,
-    PlanarNet,
+    LinearFeatureNet,
     UnconstrainedFeatureModel,
     cdnv,
     central_path_flow,
@@ -404,5 +404,5 @@ def test_spread_by_depth_and_the_small_nets():
     within, between = scatter_matrices(net.features(x).detach(), torch.arange(30) % 3)
     assert list(spread) == ["input", "layer1", "layer2"]
     assert spread["layer2"] == pytest.approx(float(within.trace() / between.trace()))
-    assert PlanarNet(4).features(x).shape == (30, 2)
+    assert LinearFeatureNet(4, 3).features(x).shape == (30, 2)
     assert ContextModel(9, 4).features(torch.zeros(3, 4, dtype=torch.int64)).shape == (3, 4)

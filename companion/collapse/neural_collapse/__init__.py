@@ -1,7 +1,7 @@
 """Neural collapse: how far features have collapsed, where they would settle if nothing held them, and what that costs.
 
 The mechanisms, one file each: `measures` (nc1 to nc4), `unconstrained` (free and tethered features), `hessian` (the
-curvature of the loss), `language` (collapse over words), `planar` (networks to watch).
+curvature of the loss), `language` (collapse over words), `networks` (networks to watch).
 """
 
 from companion.collapse.neural_collapse.hessian import (
@@ -21,7 +21,7 @@ from companion.collapse.neural_collapse.language import (
     linguistic_collapse,
 )
 from companion.collapse.neural_collapse.measures import NearestMeanDisagreement, NeuralCollapse, neural_collapse
-from companion.collapse.neural_collapse.planar import PlanarNet, depthwise_spread
+from companion.collapse.neural_collapse.networks import LinearFeatureNet, depthwise_spread, priced_feature_loss
 from companion.collapse.neural_collapse.unconstrained import (
     FrameSolution,
     UnconstrainedFeatureModel,
@@ -35,10 +35,10 @@ __all__ = [
     "ContextModel",
     "FrameSolution",
     "HessianSpectrum",
+    "LinearFeatureNet",
     "MarkovLanguage",
     "NearestMeanDisagreement",
     "NeuralCollapse",
-    "PlanarNet",
     "UnconstrainedFeatureModel",
     "cdnv",
     "central_path_flow",
@@ -54,5 +54,6 @@ __all__ = [
     "interpolate_loss",
     "linguistic_collapse",
     "neural_collapse",
+    "priced_feature_loss",
     "tethered_features",
 ]

@@ -22,6 +22,7 @@ __all__ = ["NearestMeanDisagreement", "NeuralCollapse", "neural_collapse"]
 CHUNK = 8192  # rows whose residuals are in memory at a time
 
 
+@torch.no_grad()
 def neural_collapse(features: Any, labels: Any, weight: Any = None, bias: Any = None) -> dict[str, Tensor]:
     r"""Measure how far the features of a classifier have collapsed.
 
@@ -97,7 +98,7 @@ def _check_head(weight: Any, bias: Any, means: Tensor) -> tuple[Tensor | None, T
         if bias is not None:
             raise ValueError("expected a weight together with the bias, got the bias alone")
         return None, None
-    weight = check_features(weight, "weight").to(means.device)
+    weight = check_features(weight, "weight").detach().to(means.device)
     if weight.shape != means.shape:
         raise ValueError(f"expected weight (C, d) = {tuple(means.shape)}, got {tuple(weight.shape)}")
     if bias is not None:
