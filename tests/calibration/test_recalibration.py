@@ -230,7 +230,7 @@ class TestHLoss:
     def test_against_brute_force(self, window, eps):
         logits, labels = sampled_logits(40, 3, dtype=torch.float64)
         probs = logits.softmax(1)
-        loss = h_calibration_loss(probs, labels, window, eps, weighting="uniform", leave_one_class_out=False)
+        loss = h_calibration_loss(probs, labels, window, eps, weighting="uniform")
         assert loss.item() == pytest.approx(self.brute(probs, labels, window, eps), abs=1e-12)
 
     def test_leave_one_class_out_against_brute_force(self):
@@ -238,7 +238,7 @@ class TestHLoss:
         probs = logits.softmax(1)
         parts = [self.brute(probs, labels, 9, 0.0)]
         parts += [self.brute(probs[labels != c], labels[labels != c], 9, 0.0) for c in range(3)]
-        loss = h_calibration_loss(probs, labels, 9, weighting="uniform")
+        loss = h_calibration_loss(probs, labels, 9, weighting="uniform", leave_one_class_out=True)
         assert loss.item() == pytest.approx(sum(parts) / 4, abs=1e-12)
 
     @pytest.mark.parametrize("weighting", ["cluster", "uniform"])
@@ -250,12 +250,10 @@ class TestHLoss:
     def test_base_rates_are_calibrated(self):
         labels = torch.tensor([0] * 700 + [1] * 300)
         constant = torch.tensor([[0.7, 0.3]]).repeat(1000, 1)
-        loss = h_calibration_loss(constant, labels, window=1000, weighting="uniform", leave_one_class_out=False)
+        loss = h_calibration_loss(constant, labels, window=1000, weighting="uniform")
         shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
         assert loss.item() < 0.31  # the order of ties is that of the data, here the worst there is
-        loss = h_calibration_loss(
-            constant, labels[shuffled], window=500, weighting="uniform", leave_one_class_out=False
-        )
+        loss = h_calibration_loss(constant, labels[shuffled], window=500, weighting="uniform")
         assert loss.item() < 0.02
 
     def test_gradient_points_towards_less_confidence(self):
