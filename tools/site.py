@@ -6,6 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+FRONT = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="0; url=book/intro.html">
+<title>Feature Geometry</title>
+<link rel="icon" href="_static/favicon.svg">
+</head>
+<body>
+<p>The book begins here: <a href="book/intro.html">Feature Geometry</a></p>
+</body>
+</html>
+"""
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
 
@@ -26,6 +40,7 @@ def build() -> int:
     if done.returncode or not landing.exists():
         print(f"\nThe site did not build (exit status {done.returncode}): each warning above names the file to mend.")
         return done.returncode or 1
+    landing.write_text(FRONT, encoding="utf-8")
     print(
         f"\nThe site is in {HTML}\nOpen {landing.as_uri()} in a browser, or run `make serve` for http://127.0.0.1:8000"
     )

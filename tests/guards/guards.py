@@ -663,4 +663,14 @@ def guard_toc(root):
     return found
 
 
+def guard_parts(root):
+    """Each listed chapter is in the map of its theme's page."""
+    found = []
+    for name in re.findall(r"file:\s*(\S+\.ipynb)", read(root / "_toc.yml")):
+        index = (root / name).parent / "index.md"
+        if index.exists() and f"]({Path(name).name})" not in read(index):
+            found.append(f"{short(index, root)} does not link {Path(name).name}: add the link to its chapter map")
+    return found
+
+
 GUARDS = {name.removeprefix("guard_"): value for name, value in list(globals().items()) if name.startswith("guard_")}

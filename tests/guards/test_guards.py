@@ -96,6 +96,7 @@ def tree(tmp_path):
             f"# Intro\n\n[a chapter](calibration/demo.ipynb), [its code]({ADDRESS}/blob/main/companion/nets.py)\n"
         ),
         "book/calibration/demo.md": CHAPTER,
+        "book/calibration/index.md": "# Calibration\n\n[Demo](demo.ipynb)\n",
         "companion/__init__.py": "",
         "companion/_version.py": '__version__ = "1.2.0"\n',
         "companion/nets.py": '"""Nets."""\n\nimport torch\n\n__all__ = []\n',
@@ -246,6 +247,7 @@ PLANTED = [
     ("identity", lambda r: append(r, "pyproject.toml", 'version = "1.2.0"\n'), "types a version"),
     ("addresses", lambda r: append(r, "book/intro.md", "https://py" + "pi.org/simple"), "leave registries"),
     ("addresses", lambda r: append(r, "companion/nets.py", 'PATH = "/ho' + 'me/me/data"\n'), "make it relative"),
+    ("parts", lambda r: edit(r, "book/calibration/index.md", "[Demo](demo.ipynb)", "Demo"), "chapter map"),
     ("toc", lambda r: append(r, "_toc.yml", "  - file: book/calibration/demo.ipynb\n"), "twice"),
     ("toc", lambda r: edit(r, "_toc.yml", "demo.ipynb", "demo"), "without .ipynb"),
     ("toc", lambda r: append(r, "_toc.yml", "  - file: book/calibration/later.ipynb\n"), "does not exist"),
