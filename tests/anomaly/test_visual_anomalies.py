@@ -432,3 +432,26 @@ def test_a_defect_in_a_texture_lights_up():
     maps = PatchMemory(coreset=800, random_state=0).fit(normal).anomaly_map(bad.images)
     inside = maps[bad.masks[:, 0]].mean()
     assert inside > 1.5 * maps[~bad.masks[:, 0]].mean()
+
+
+class TestPatchGrids:
+    @pytest.mark.parametrize("index", [0, 1, 2, 4])
+    def test_grids_and_images_agree(self, plates, index):
+        detector = clone(DETECTORS[index])
+        grid = local_patch_features(plates[1])
+        by_image = clone(detector).fit(plates[0])
+        by_grid = detector.fit_patches(local_patch_features(plates[0]))
+        torch.testing.assert_close(by_grid.score_patches(grid), by_image.score_patches(grid))
+
+    def test_errors(self, plates):
+        grid = local_patch_features(plates[0])
+        with pytest.raises(NotFittedError):
+            PatchGaussian().score_patches(grid)
+        with pytest.raises(NotFittedError):
+            PatchGaussian().fit_patches(grid).score_samples(plates[0])
+        with pytest.raises(ValueError, match="patch vectors"):
+            EfficientADDetector().fit_patches(grid)
+        with pytest.raises(ValueError, match="rows, columns"):
+            PatchGaussian().fit_patches(grid[0])
+        with pytest.raises(ValueError, match="call fit"):
+            SimpleNetDetector(corrupt=lambda images, g: images).fit_patches(grid)

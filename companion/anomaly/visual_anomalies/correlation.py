@@ -193,6 +193,13 @@ class FODDetector(ImageDetector):
         maps = self._maps(x)
         self.scales_ = {name: (m.mean(), m.std().clamp(min=1e-9)) for name, m in maps.items()}
 
+    @torch.no_grad()
+    def attention(self, images) -> tuple[Tensor, Tensor]:
+        """Return the learned attention of each patch over its image (n, t, t) and over the bank (n, t, m)."""
+        x = self._tokens(self._patches(self._checked(images)))
+        _, intra, inter = self.layer_(x, self.bank_)
+        return intra, inter
+
     def _tokens(self, grid: Tensor) -> Tensor:
         x = ((grid - self.mean_) / self.std_).permute(0, 3, 1, 2)
         return torch.nn.functional.adaptive_avg_pool2d(x, self.grid).flatten(2).transpose(1, 2)

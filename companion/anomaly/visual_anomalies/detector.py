@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from companion.anomaly.visual_anomalies.backbone import check_images, local_patch_features
-from companion.checks import check_in_range
+from companion.checks import as_tensor, check_in_range
 from companion.runtime import device as pick_device
 
 __all__ = ["ImageDetector", "upsample_map"]
@@ -72,6 +72,42 @@ class ImageDetector(BaseEstimator):
         tensor = self._checked(images)
         return self._like(torch.cat([-self._map(b).amax((1, 2)) for b in tensor.split(self.batch_size)]), images)
 
+    def fit_patches(self, grid: Any) -> "ImageDetector":
+        """Learn from patch vectors computed before, so that many detectors can share one pass of the backbone.
+
+        Args:
+            grid: (n, rows, columns, channels) of normal images, as `local_patch_features` gives them.
+
+        Returns:
+            The detector itself; score with `score_patches`.
+
+        Raises:
+            ValueError: not such a grid, or a detector that reads images.
+        """
+        grid = self._checked_grid(grid)
+        self.__dict__.pop("offset_", None)
+        self.__dict__.pop("image_shape_", None)
+        self.patch_shape_ = tuple(grid.shape[1:])
+        self._fit_patches(grid)
+        return self
+
+    def score_patches(self, grid: Any) -> Any:
+        """Return how odd each patch vector is, (n, rows, columns): higher = worse."""
+        checked = self._checked_grid(grid)
+        if not (hasattr(self, "patch_shape_") or hasattr(self, "image_shape_")):
+            check_is_fitted(self, "patch_shape_")
+        return self._like(torch.cat([self._score_patches(b) for b in checked.split(self.batch_size)]), grid)
+
+    def _checked_grid(self, grid: Any) -> Tensor:
+        if type(self)._fit_patches is ImageDetector._fit_patches:
+            raise ValueError(f"expected a detector built on patch vectors, {type(self).__name__} reads images")
+        tensor = as_tensor(grid, "grid")
+        if tensor.ndim != 4 or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"expected finite patches of shape (n, rows, columns, channels), got {tuple(tensor.shape)}"
+            )
+        return tensor.to(pick_device(self.device))
+
     def set_threshold(self, images: Any, false_alarms: float = 0.05) -> "ImageDetector":
         """Set the threshold so that this share of held-out NORMAL images raises an alarm.
 
@@ -123,7 +159,7 @@ class ImageDetector(BaseEstimator):
         return upsample_map(self._score_patches(self._patches(images)), images.shape[2:])
 
     def _fit_patches(self, grid: Tensor) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} implements neither _fit nor _fit_patches")
 
     def _score_patches(self, grid: Tensor) -> Tensor:
         raise NotImplementedError

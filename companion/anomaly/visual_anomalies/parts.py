@@ -202,12 +202,12 @@ class SmallUNet(nn.Module):
         with torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
-            self.first = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU())
-            self.second = nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU())
-            self.third = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ReLU())
-            self.up = nn.Sequential(nn.Conv2d(4 * width, width, 3, padding=1), nn.ReLU())
+            self.first = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.LeakyReLU(0.1))
+            self.second = nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.LeakyReLU(0.1))
+            self.third = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.LeakyReLU(0.1))
+            self.up = nn.Sequential(nn.Conv2d(4 * width, width, 3, padding=1), nn.LeakyReLU(0.1))
             self.out = nn.Sequential(
-                nn.Conv2d(2 * width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 1, 3, padding=1)
+                nn.Conv2d(2 * width, width, 3, padding=1), nn.LeakyReLU(0.1), nn.Conv2d(width, 1, 3, padding=1)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,8 +266,8 @@ class CoarseToFine:
         sizes = masks.sum((1, 2), keepdim=True).clamp(min=1)
         weight = 1 + masks * 60 / sizes  # a small defect counts as much as a large one
         self.net_ = SmallUNet(x.shape[1], self.width, seed=int(torch.randint(2**31, (), generator=g)))
-        optimizer = torch.optim.Adam(self.net_.parameters(), lr=4e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        optimizer = torch.optim.Adam(self.net_.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=max(2, self.steps))
         half = x.shape[-1] // 2
         for _ in range(self.steps):
             rows = torch.randint(len(x), (self.batch_size,), generator=g)

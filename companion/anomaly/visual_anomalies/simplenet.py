@@ -123,19 +123,27 @@ class SimpleNetDetector(ImageDetector):
         self.random_state = random_state
 
     def _fit(self, images: Tensor) -> None:
-        check_positive_int(self.steps, "steps")
-        check_in_range(self.noise_std, "noise_std", 0.0, float("inf"))
+        if self.corrupt is None:
+            self._fit_patches(self._patches(images))
+            return
         g = self._generator()
-        normal = self._patches(images).flatten(0, 2)
-        self.mean_, self.std_ = normal.mean(0), normal.std(0).clamp(min=1e-6)
-        normal = (normal - self.mean_) / self.std_
-        negatives = None
+        normal = self._standardised(self._patches(images))
+        damaged = self._patches(self.corrupt(images, g)).flatten(0, 2)
+        damaged = (damaged - self.mean_) / self.std_
+        changed = (damaged - normal).abs().amax(1) > 0.1
+        self._train(normal, damaged[changed], g)
+
+    def _fit_patches(self, grid: Tensor) -> None:
         if self.corrupt is not None:
-            damaged = self._patches(self.corrupt(images, g)).flatten(0, 2)
-            damaged = (damaged - self.mean_) / self.std_
-            changed = (damaged - normal).abs().amax(1) > 0.1
-            negatives = damaged[changed]
-        self._train(normal, negatives, g)
+            raise ValueError("expected images, since corrupt makes its negatives from them: call fit")
+        self._train(self._standardised(grid), None, self._generator())
+
+    def _standardised(self, grid: Tensor) -> Tensor:
+        check_positive_int(self.steps, "steps")
+        check_in_range(self.noise_std, "noise_std", 0.0)
+        normal = grid.flatten(0, 2)
+        self.mean_, self.std_ = normal.mean(0), normal.std(0).clamp(min=1e-6)
+        return (normal - self.mean_) / self.std_
 
     def _train(self, normal: Tensor, negatives: Tensor | None, g: torch.Generator | None) -> None:
         dim = normal.shape[1]

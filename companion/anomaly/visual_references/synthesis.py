@@ -210,9 +210,9 @@ def decoupled_alignment_loss(attention: Tensor, mask: Tensor) -> Tensor:
 
 
 def train_segmenter(
-    images: Tensor, masks: Tensor, steps: int = 300, batch_size: int = 16, lr: float = 4e-3, seed: int = 0
+    images: Tensor, masks: Tensor, steps: int = 300, batch_size: int = 16, lr: float = 1e-2, seed: int = 0
 ) -> SmallUNet:
-    """Train a `SmallUNet` on images and masks, input centred and scaled, cosine decay.
+    """Train a `SmallUNet` on images and masks, input centred and scaled, warm-up and cosine decay.
 
     Paper: dai2025seas
     Chapter: anomaly/visual-references
@@ -220,7 +220,7 @@ def train_segmenter(
     g = torch.Generator().manual_seed(seed)
     net = SmallUNet(1, seed=seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))  # warm-up: no dead nets
     for _ in range(steps):
         rows = torch.randint(len(images), (batch_size,), generator=g)
         # centred and scaled: without it nets of this size hardly learn
