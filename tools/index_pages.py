@@ -83,7 +83,8 @@ def chapters(root: Path = ROOT) -> dict[str, dict]:
             path = root / name
             text = path.with_suffix(".md").read_text(encoding="utf-8")
             key = f"{path.parent.name}/{path.stem}"
-            found[key] = {"title": title_of(text), "text": text, "notebook": path, "theme": path.parent.name}
+            short = title_of(text).split(":")[0]
+            found[key] = {"title": short, "text": text, "notebook": path, "theme": path.parent.name}
     return found
 
 
@@ -203,7 +204,11 @@ def api_entry(module, name: str, obj) -> str:
         shown = f"   :value: {value}\n" if len(value) < 100 else ""
         return f".. py:data:: {module.__name__}.{name}\n{shown}\n"
     kind = "autoclass" if inspect.isclass(obj) else "autofunction"
-    options = "   :members:\n   :show-inheritance:\n" if kind == "autoclass" and not issubclass(obj, tuple) else ""
+    options = (
+        "   :members:\n   :special-members: __call__\n   :show-inheritance:\n"
+        if kind == "autoclass" and not issubclass(obj, tuple)
+        else ""
+    )
     return f".. {kind}:: {dotted(module, name, obj)}\n{options}\n"
 
 

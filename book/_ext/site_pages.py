@@ -112,6 +112,8 @@ def conventions(app, what, name, obj, options, lines):
 
 def skip_inherited(app, what, name, obj, skip, options):
     """scikit-learn writes its routing methods into every estimator; its own pages explain them."""
+    if name == "__call__":
+        return False  # chapters show it, and link it
     return True if re.fullmatch(r"set_\w+_request|get_metadata_routing", name) else None
 
 
