@@ -83,8 +83,8 @@ class TestContract:
 
     def test_arrays_in_arrays_out(self, detector, plates):
         normal, odd = plates
-        detector.fit(normal.numpy())
-        scores = detector.score_samples(odd.numpy())
+        detector.fit(normal.double().numpy())
+        scores = detector.score_samples(odd.double().numpy())
         assert isinstance(scores, np.ndarray)
         np.testing.assert_allclose(scores, detector.score_samples(odd).numpy(), rtol=1e-5)
 
@@ -432,6 +432,13 @@ def test_a_defect_in_a_texture_lights_up():
     maps = PatchMemory(coreset=800, random_state=0).fit(normal).anomaly_map(bad.images)
     inside = maps[bad.masks[:, 0]].mean()
     assert inside > 1.5 * maps[~bad.masks[:, 0]].mean()
+
+
+def test_a_teacher_of_your_own_is_left_alone(plates):
+    teacher = PatchDescriptionNetwork(1, 4, seed=0).train()
+    detector = EfficientADDetector(teacher, steps=2, random_state=0).fit(plates[0])
+    assert teacher.training
+    assert detector.anomaly_map(plates[1]).shape == (6, 32, 32)
 
 
 class TestPatchGrids:

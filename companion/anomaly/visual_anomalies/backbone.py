@@ -6,6 +6,7 @@ A backbone is a callable that maps images (n, c, h, w) in [0, 1] to a list of fe
 `local_patch_features` (the maps as one grid of patch vectors), `check_images`.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -270,7 +271,8 @@ def local_patch_features(
 
     Args:
         images: (n, c, h, w) in [0, 1].
-        backbone: images to a list of maps; None is the shipped network.
+        backbone: images to a list of maps; None is the shipped network. A module on another device is copied to the
+            images' device: put a large one there yourself.
         patch: side p of the averaged neighbourhood, odd.
         batch_size: images per forward pass, which bounds the memory.
 
@@ -287,8 +289,11 @@ def local_patch_features(
     if patch < 1 or patch % 2 == 0:
         raise ValueError(f"expected an odd patch of at least 1, got {patch}")
     backbone = texture_backbone() if backbone is None else backbone
+    weight = next(backbone.parameters(), None) if isinstance(backbone, nn.Module) else None
+    if weight is not None and weight.device != images.device:
+        backbone = copy.deepcopy(backbone).to(images.device)  # the caller's own stays where it is
     grids = []
-    for batch in images.split(batch_size):
+    for batch in images.to(torch.float32 if weight is None else weight.dtype).split(batch_size):
         maps = [F.avg_pool2d(m, patch, 1, patch // 2, count_include_pad=False) for m in backbone(batch)]
         size = maps[0].shape[2:]
         maps = [maps[0], *(F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps[1:])]

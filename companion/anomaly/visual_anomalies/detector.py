@@ -56,7 +56,7 @@ class ImageDetector(BaseEstimator):
         Raises:
             ValueError: not images, or fewer than two.
         """
-        tensor = check_images(images, min_samples=2).to(pick_device(self.device))
+        tensor = check_images(images, min_samples=2).float().to(pick_device(self.device))
         self.__dict__.pop("offset_", None)
         self.image_shape_ = tuple(tensor.shape[1:])
         self._fit(tensor)
@@ -134,7 +134,7 @@ class ImageDetector(BaseEstimator):
         tensor = check_images(images)
         if tensor.shape[1] != self.image_shape_[0]:
             raise ValueError(f"expected images with {self.image_shape_[0]} channels as in fit, got {tensor.shape[1]}")
-        return tensor.to(pick_device(self.device))
+        return tensor.float().to(pick_device(self.device))
 
     @staticmethod
     def _like(result: Tensor, images: Any) -> Any:
@@ -147,10 +147,7 @@ class ImageDetector(BaseEstimator):
         return torch.Generator().manual_seed(int(self.random_state))
 
     def _patches(self, images: Tensor) -> Tensor:
-        backbone = self.backbone
-        if isinstance(backbone, torch.nn.Module) and images.is_cuda:
-            backbone = backbone.to(images.device)
-        return local_patch_features(images, backbone, self.patch, self.batch_size)
+        return local_patch_features(images, self.backbone, self.patch, self.batch_size)
 
     def _fit(self, images: Tensor) -> None:
         self._fit_patches(self._patches(images))

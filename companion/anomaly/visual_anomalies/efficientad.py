@@ -4,6 +4,7 @@ Public: `PatchDescriptionNetwork`, `hard_feature_loss`, `quantile_normalise`, `E
 `make_logic_scenes`, scenes whose logical anomalies hold no new patch.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -250,8 +251,8 @@ class EfficientADDetector(ImageDetector):
         order = torch.randperm(len(images), generator=g).to(images.device)
         n_held = max(1, round(self.held_out * len(images)))
         held, train = images[order[:n_held]], images[order[n_held:]]
-        self.teacher_ = self.teacher or PatchDescriptionNetwork(images.shape[1], self.channels, seed=seed)
-        self.teacher_ = self.teacher_.to(images.device).eval()
+        teacher = self.teacher or PatchDescriptionNetwork(images.shape[1], self.channels, seed=seed)
+        self.teacher_ = copy.deepcopy(teacher).to(images.device).eval()
         with torch.no_grad():
             target = torch.cat([self.teacher_(b) for b in train.split(self.batch_size)])
         self.mean_ = target.mean((0, 2, 3), keepdim=True)
