@@ -40,6 +40,16 @@ class ImageDetector(BaseEstimator):
 
     Signs: `anomaly_map` higher = worse; `score_samples` higher = more normal, $-\max_{ij} m_{ij}$.
 
+    >>> class Brightness(ImageDetector):
+    ...     def __init__(self, batch_size=64, device="cpu"):
+    ...         self.batch_size, self.device = batch_size, device
+    ...     def _fit(self, images):
+    ...         self.usual_ = images.mean()
+    ...     def _map(self, images):
+    ...         return (images.mean(1) - self.usual_).abs()
+    >>> Brightness().fit(torch.zeros(2, 1, 4, 4)).score_samples(torch.ones(1, 1, 4, 4))
+    tensor([-1.])
+
     Chapter: anomaly/visual-anomalies
     """
 

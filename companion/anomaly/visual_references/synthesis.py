@@ -176,6 +176,13 @@ def synth_augment(
     Returns:
         Images and masks.
 
+    >>> g = torch.Generator().manual_seed(0)
+    >>> seen = make_factor_defects(2, [(0, 0), (1, 1)], generator=g)
+    >>> tokens = AttributeTokenGenerator().encode(seen.images, seen.masks)
+    >>> images, masks = synth_augment(make_factor_defects(8, None, generator=g).images, tokens, generator=g)
+    >>> masks.any((1, 2)).tolist()
+    [False, True, True, True, False, True, True, True]
+
     Paper: dai2025seas
     Chapter: anomaly/visual-references
     """
@@ -214,6 +221,18 @@ def train_segmenter(
 ) -> SmallUNet:
     """Train a `SmallUNet` on images and masks, input centred and scaled, warm-up and cosine decay.
 
+    Args:
+        images: (n, 1, h, w) in [0, 1].
+        masks: (n, h, w) bool.
+        steps: Adam steps.
+        batch_size: images per step.
+        lr: largest learning rate.
+        seed: for weights and batches.
+
+    >>> data = make_factor_defects(8, [(0, 2)], generator=torch.Generator().manual_seed(0))
+    >>> train_segmenter(data.images, data.masks, steps=2)((data.images - 0.5) * 4).shape
+    torch.Size([8, 32, 32])
+
     Paper: dai2025seas
     Chapter: anomaly/visual-references
     """
@@ -235,6 +254,10 @@ def train_segmenter(
 @torch.no_grad()
 def mask_iou(net: SmallUNet, images: Tensor, masks: Tensor) -> Tensor:
     """Return the intersection over union of predicted and true masks of each image (n,).
+
+    >>> blank = SmallUNet(1, seed=0)
+    >>> mask_iou(blank, torch.full((1, 1, 8, 8), 0.5), torch.zeros(1, 8, 8, dtype=torch.bool))
+    tensor([0.])
 
     Paper: dai2025seas
     Chapter: anomaly/visual-references
