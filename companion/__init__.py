@@ -18,6 +18,7 @@ from companion._version import __version__
 THEMES = ("dimensionality", "collapse", "mixup", "calibration", "shortcuts", "anomaly")
 FOUNDATION = (
     "runtime",
+    "checks",
     "neighbors",
     "statistics",
     "geometry",
