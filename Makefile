@@ -15,6 +15,7 @@ HTML := _build/html
 # One thread a process: two workers with all cores each run several times slower.
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= agg
+export COMPANION_PROGRESS ?= 0
 export PYTHONHASHSEED ?= 0
 
 .PHONY: help env book serve test check lint unit notebooks notebooks-test site-test test-full new-chapter bench clean
