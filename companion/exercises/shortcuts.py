@@ -4,13 +4,14 @@ Public: `CHECKS`, from "<chapter>/<number>" to the function that judges an answe
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from companion.exercises.core import Verdict, correct, not_yet
-from companion.shortcuts import distance_covariance
+from companion.shortcuts import distance_covariance, variance_explained
 
 __all__ = ["CHECKS"]
 
@@ -109,4 +110,92 @@ SUBGROUPS = {
     "subgroups/3": _fair_in_every_margin,
 }
 
-CHECKS = {**SUBGROUPS}
+# --- shortcut-learning ---------------------------------------------------------------------------------------
+
+
+def _one_loud_step(answer: Any) -> Verdict:
+    value = float(answer)
+    if math.isclose(value, 0.375, abs_tol=2e-3):
+        return correct("Loudness counts twice, in the gradient and in the input: a factor of 2 has become 4.")
+    if math.isclose(value, 0.25, abs_tol=2e-3):
+        return not_yet("You counted the loudness once. It is in the weight and, once more, in the input it multiplies.")
+    if math.isclose(value, 0.0, abs_tol=2e-3):
+        return not_yet("This is the converged rule. One step from zero follows the mean of y x.")
+    if math.isclose(value, -0.375, abs_tol=2e-3):
+        return not_yet("Right size, wrong sign: a positive reliance means the shortcut.")
+    if math.isclose(value, 1.5, abs_tol=2e-3):
+        return not_yet("You took (r - 1) / 2. That is for r of at most 1; here r is 4.")
+    return not_yet("Write the step as a rule on the cues, w_s z_s + w_c z_c. What is r = w_s / w_c?")
+
+
+def _field(layers: Any) -> int:
+    size, jump = 1, 1
+    for kernel, stride in layers:
+        size, jump = size + (kernel - 1) * jump, jump * stride
+    return size
+
+
+def _receptive_field(answer: Any) -> Verdict:
+    if not callable(answer):
+        return not_yet("Give the function itself, not a number: `check(..., receptive_field)`.")
+    if answer([]) != 1:
+        return not_yet("Without any layer an output is a pixel: it sees 1.")
+    if answer([(3, 1), (3, 1)]) != 5:
+        return not_yet("Two layers of kernel 3: the second looks at three neighbours, each of which saw 3. Draw it.")
+    chains = [
+        [(3, 1), (2, 2), (3, 1)],
+        [(7, 2), (3, 2), (3, 1), (3, 1)],
+        [(3, 1), (3, 1), (3, 1), (2, 2), (3, 1), (3, 1)],
+    ]
+    for chain in chains:
+        found, wanted = answer(chain), _field(chain)
+        if found == 1 + sum(kernel - 1 for kernel, _ in chain):
+            return not_yet(
+                "You add the kernels as if there were no strides: after a stride of 2 neighbours are 2 apart."
+            )
+        after = 1
+        jump = 1
+        for kernel, stride in chain:
+            jump *= stride
+            after += (kernel - 1) * jump
+        if found == after:
+            return not_yet(
+                "A layer's own stride moves the next layer's inputs apart, not its own. Multiply afterwards."
+            )
+        if found != wanted:
+            return not_yet(f"For {chain} the answer is {wanted}, yours is {found}.")
+    return correct("A seven-pixel unit cannot compare two glyphs in different halves, however long you train it.")
+
+
+def _share_of_variance(answer: Any) -> Verdict:
+    if not callable(answer):
+        return not_yet("Give the function itself, not a number: `check(..., share)`.")
+    generator = torch.Generator().manual_seed(5)
+    f = torch.randn(200, generator=generator, dtype=torch.float64) + 2
+    h = torch.randn(200, 3, generator=generator, dtype=torch.float64) * torch.tensor([5.0, 1.0, 0.2]).double() + 3
+    h[:, 1] += 2 * f
+    found, wanted = float(answer(h, f)), float(variance_explained(h, f))
+    if math.isclose(found, wanted, rel_tol=1e-6):
+        return correct(
+            "A share of variance, weighed by how large each unit is: it does not ask whether f can be decoded."
+        )
+    raw = float((h.T @ f).square().sum() / (f.square().sum() * h.square().sum()))
+    if math.isclose(found, raw, rel_tol=1e-6):
+        return not_yet("Centre the layer and the feature first: variance is about deviations from the mean.")
+    squared = torch.corrcoef(torch.cat([h, f[:, None]], 1).T)[-1, :-1].square()
+    if math.isclose(found, float(squared.mean()), rel_tol=1e-6):
+        return not_yet(
+            "This is the mean over units of the squared correlation. A large unit counts more than a small one."
+        )
+    if math.isclose(found, wanted**0.5, rel_tol=1e-6):
+        return not_yet("You have norms where the formula has squared norms.")
+    return not_yet("Numerator: the squared norm of h.T @ f. Denominator: the squared norms of f and of h. All centred.")
+
+
+SHORTCUT_LEARNING: dict[str, Callable[[Any], Verdict]] = {
+    "shortcut-learning/1": _one_loud_step,
+    "shortcut-learning/2": _receptive_field,
+    "shortcut-learning/3": _share_of_variance,
+}
+
+CHECKS = {**SHORTCUT_LEARNING, **SUBGROUPS}

@@ -30,9 +30,62 @@ def crossed(weight=1.0, n=25):
     return weight * (s[:, 0] - s[:, 1]).abs().float(), s
 
 
-SOLUTIONS = {"subgroups/1": 0.35, "subgroups/2": distance_sums, "subgroups/3": crossed()}
+def receptive_field(layers):
+    size, jump = 1, 1
+    for kernel, stride in layers:
+        size, jump = size + (kernel - 1) * jump, jump * stride
+    return size
+
+
+def without_strides(layers):
+    return 1 + sum(kernel - 1 for kernel, _ in layers)
+
+
+def own_stride_first(layers):
+    size, jump = 1, 1
+    for kernel, stride in layers:
+        jump *= stride
+        size += (kernel - 1) * jump
+    return size
+
+
+def share(h, f):
+    h, f = h - h.mean(0), f - f.mean()
+    return (h.T @ f).square().sum() / (f.square().sum() * h.square().sum())
+
+
+def uncentred(h, f):
+    return (h.T @ f).square().sum() / (f.square().sum() * h.square().sum())
+
+
+def unweighted(h, f):
+    return torch.corrcoef(torch.cat([h, f[:, None]], 1).T)[-1, :-1].square().mean()
+
+
+SHORTCUT_LEARNING = {
+    "shortcut-learning/1": 0.375,
+    "shortcut-learning/2": receptive_field,
+    "shortcut-learning/3": share,
+}
+
+SOLUTIONS = {**SHORTCUT_LEARNING, "subgroups/1": 0.35, "subgroups/2": distance_sums, "subgroups/3": crossed()}
 
 WRONG = [
+    ("shortcut-learning/1", 0.25, "counted the loudness once"),
+    ("shortcut-learning/1", 0.0, "converged"),
+    ("shortcut-learning/1", -0.375, "wrong sign"),
+    ("shortcut-learning/1", 1.5, "at most 1"),
+    ("shortcut-learning/1", 0.4, "r = w_s / w_c"),
+    ("shortcut-learning/2", 7, "function itself"),
+    ("shortcut-learning/2", lambda layers: 0, "it sees 1"),
+    ("shortcut-learning/2", lambda layers: max([1, *(k for k, _ in layers)]), "Draw it"),
+    ("shortcut-learning/2", without_strides, "no strides"),
+    ("shortcut-learning/2", own_stride_first, "Multiply afterwards"),
+    ("shortcut-learning/3", 0.5, "function itself"),
+    ("shortcut-learning/3", uncentred, "Centre"),
+    ("shortcut-learning/3", unweighted, "counts more"),
+    ("shortcut-learning/3", lambda h, f: share(h, f).sqrt(), "squared norms"),
+    ("shortcut-learning/3", lambda h, f: 1 - share(h, f), "Numerator"),
     ("subgroups/1", 0.4375, "Weigh each background"),
     ("subgroups/1", 0.1225, "variance"),
     ("subgroups/1", math.sqrt((0.175**2 + 0.49) / 2), "8/10"),
