@@ -175,6 +175,8 @@ def rotate(images: Tensor, angle: float) -> Tensor:
     tensor([[0., 0., 1.],
             [0., 1., 0.],
             [1., 0., 0.]])
+
+    Chapter: calibration/recalibration
     """
     turn = math.radians(check_in_range(angle, "angle"))
     matrix = images.new_tensor([[math.cos(turn), -math.sin(turn), 0], [math.sin(turn), math.cos(turn), 0]])

@@ -171,6 +171,9 @@ def h_calibration_loss(
 class GlobalTemperature(nn.Module):
     """Divide all logits by one temperature, exp of the one parameter: the smallest order-preserving map.
 
+    >>> GlobalTemperature()(torch.tensor([[2.0, 0.0]])).detach()
+    tensor([[2., 0.]])
+
     Chapter: calibration/recalibration
     """
 
@@ -225,6 +228,10 @@ class MarginTemperature(nn.Module):
     Args:
         hidden: width of the network.
 
+    >>> MarginTemperature()(torch.tensor([[2.0, 0.0], [1.0, 5.0]])).detach()
+    tensor([[2., 0.],
+            [1., 5.]])
+
     Chapter: calibration/recalibration
     """
 
@@ -247,6 +254,9 @@ class VectorScaling(nn.Module):
 
     Args:
         n_classes: C.
+
+    >>> VectorScaling(2)(torch.tensor([[2.0, 0.0]])).detach()
+    tensor([[2., 0.]])
 
     Chapter: calibration/recalibration
     """
