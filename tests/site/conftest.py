@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import os
 import shutil
 import sys
 import threading
@@ -50,25 +49,22 @@ def served(html):
     server.server_close()
 
 
-def missing(reason):
-    """No browser: a reason to skip on a reader's machine, a failure where browsers are required."""
-    if os.environ.get("COMPANION_REQUIRE_BROWSER") == "1":
-        pytest.fail(f"COMPANION_REQUIRE_BROWSER=1, but {reason}", pytrace=False)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium that records its requests and its console."""
+    import looking
+
     binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
     if not binary or not driver:
-        missing("there is no chromium with its chromedriver on this machine (Debian: chromium, chromium-driver)")
+        looking.missing(
+            "there is no chromium with its chromedriver on this machine (Debian: chromium, chromium-driver)"
+        )
     try:
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
     except ImportError:
-        missing("selenium is not installed (pip install 'feature-geometry[browser]')")
+        looking.missing("selenium is not installed (pip install 'feature-geometry[browser]')")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for flag in (

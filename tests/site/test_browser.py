@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import looking
 import pages
 import pytest
 
@@ -63,7 +64,7 @@ def test_every_page_served(browser, html, served):
         found += complaints(name, elsewhere, console, look)
         maths += look.get("maths", 0)
         size(browser, 360, 740)
-        found += [f"{name} is wider than 360 px: {what}" for what in browser.execute_script(WIDE)]
+        found += [f"{name} is wider than 360 px: {what}" for what in browser.execute_script(WIDE, 360)]
     assert not found, "\n".join(found[:60])
     assert maths > 20, "hardly any page has mathematics: is MathJax still found?"
 
@@ -134,3 +135,39 @@ def test_text_is_readable_in_both_schemes(browser, html, served, scheme):
         assert not low, f"{name}, {scheme}: {low[:5]}"
     browser.execute_script("localStorage.clear()")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+PLANTED = {
+    "asks": '<script src="http://127.0.0.1:9/other.js"></script>',
+    "the console says": "<script>console.error('planted')</script>",
+    "mathematics is not set": '<span class="math notranslate">\\(x\\)</span>',
+    "shows raw": '<article class="bd-article"><p>Words with $x^2$ in them.</p></article>',
+    "no alt text": '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">',
+    "does not load": '<img alt="a picture" src="gone.png">',
+}
+
+
+@pytest.mark.parametrize("says", PLANTED)
+def test_a_planted_page_is_found(browser, tmp_path, says):
+    page = tmp_path / "page.html"
+    page.write_text(f"<!DOCTYPE html><html><head><meta charset='utf-8'></head><body>{PLANTED[says]}</body></html>")
+    found = complaints("page", *visit(browser, page.as_uri(), tmp_path.as_uri()))
+    assert any(says in line for line in found), found
+
+
+def test_a_planted_wide_page_is_found(browser, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<!DOCTYPE html><meta name='viewport' content='width=device-width'><div class='bd-main'><p style='width:"
+        " 500px'>wide</p></div>"
+    )
+    size(browser, 360, 740)
+    browser.get(page.as_uri())
+    assert browser.execute_script(WIDE, 360)
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_without_a_browser_tests_skip_with_a_reason_unless_one_is_required(monkeypatch, required, outcome):
+    monkeypatch.setenv("COMPANION_REQUIRE_BROWSER", required)
+    with pytest.raises(outcome, match="no chromium"):
+        looking.missing("there is no chromium")
