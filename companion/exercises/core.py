@@ -94,6 +94,9 @@ def judge(key: str, answer: Any) -> Verdict:
 
     Raises:
         KeyError: there is no such exercise.
+
+    >>> judge("recalibration/1", ...).state
+    'not attempted'
     """
     fn = _checker(key)
     if answer is None or answer is Ellipsis:

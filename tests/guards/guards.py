@@ -520,11 +520,31 @@ def guard_exercises(root):
                 found.append(
                     f"{short(checks, root) if checks.exists() else checks.name} has no check {key}: add it to CHECKS"
                 )
-            if key not in tested:
+            if key not in tested and f"{name}/{{" not in tested:
                 found.append(
                     f"tests/exercises/test_{theme}.py does not test {key}: solution correct, stub not, two planted"
                     " wrong answers"
                 )
+    return found
+
+
+def untested(verdicts, keys):
+    """Exercises whose tests lack a correct solution, an untouched stub, or two wrong answers with different hints.
+
+    Args:
+        verdicts: (key, state, message) of every answer that the tests judged.
+        keys: of the exercises that mark themselves.
+    """
+    found = []
+    for key in keys:
+        seen = {(state, message) for name, state, message in verdicts if name == key}
+        count = {state: len([1 for s, _ in seen if s == state]) for state in ("correct", "not attempted", "not yet")}
+        if not count["correct"]:
+            found.append(f"no test shows that the solution of {key} is correct: add it to tests/exercises")
+        if not count["not attempted"]:
+            found.append(f"no test shows that the stub of {key} is not attempted: add it to tests/exercises")
+        if count["not yet"] < 2:
+            found.append(f"{key} has {count['not yet']} planted wrong answers with hints of their own: test at least 2")
     return found
 
 

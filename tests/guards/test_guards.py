@@ -361,3 +361,25 @@ def test_a_slow_notebook_fails_its_run(tree, more):
     done = run_nbval(tree, *more)
     assert done.returncode == 1, done.stdout
     assert "its budget is" in done.stdout
+
+
+def test_every_exercise_is_tested_with_its_solution_its_stub_and_two_wrong_answers(tmp_path):
+    keys = []
+    for text in guards.chapters(guards.HERE):
+        keys += re.findall(rf"check\(\s*[\"']({re.escape(text.stem)}/[\w-]+)[\"']", text.read_text(encoding="utf-8"))
+    notes = tmp_path / "verdicts.json"
+    path = os.pathsep.join([str(guards.HERE / "tests/guards"), str(guards.HERE), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "recorder", "-p", "no:cacheprovider", "tests/exercises"]
+    environment = {**os.environ, "PYTHONPATH": path, "COMPANION_VERDICTS": str(notes)}
+    done = subprocess.run(command, cwd=guards.HERE, env=environment, capture_output=True, text=True, check=False)
+    assert notes.exists(), done.stdout[-3000:]
+    found = guards.untested(json.loads(notes.read_text()), sorted(set(keys)))
+    assert not found, "\n".join(found)
+
+
+def test_an_exercise_without_planted_wrong_answers_is_found():
+    whole = [("a/1", "correct", ""), ("a/1", "not attempted", ""), ("a/1", "not yet", "x"), ("a/1", "not yet", "y")]
+    assert guards.untested(whole, ["a/1"]) == []
+    for i, says in enumerate(["solution", "stub", "1 planted", "1 planted"]):
+        assert says in guards.untested(whole[:i] + whole[i + 1 :], ["a/1"])[0]
+    assert len(guards.untested([], ["a/1"])) == 3
