@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 PROJECTIONS = ("dense", "sparse", "fastfood", "coordinates")
-_FACTOR = 32  # a transform of length 1024 is two products with a 32 x 32 matrix, faster than ten butterflies
+_FACTOR_BITS = 5  # a transform of length 1024 is two products with a 32 x 32 matrix, faster than ten butterflies
 
 
 class FastfoodDraw(NamedTuple):
@@ -73,14 +73,13 @@ def hadamard_transform(x: Tensor) -> Tensor:
     n = x.shape[-1]
     if n < 1 or n & (n - 1):
         raise ValueError(f"expected the last axis to be a power of two, got {n}")
-    shape = x.shape
-    left, right = 1, n
-    while right > 1:
-        factor = min(_FACTOR, right)
-        right //= factor
+    shape, bits = x.shape, n.bit_length() - 1
+    factors = -(-bits // _FACTOR_BITS)
+    for i in range(factors):
+        # equal factors; each turns to the front of the axis once, so that every product is one large matrix product
+        factor = 1 << (bits * (i + 1) // factors - bits * i // factors)
         h = _hadamard_matrix(factor, x)
-        x = h @ x.reshape(*shape[:-1], left, factor, right)
-        left *= factor
+        x = (x.reshape(*shape[:-1], n // factor, factor) @ h).transpose(-1, -2)
     return x.reshape(shape)
 
 
