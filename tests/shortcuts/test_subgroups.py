@@ -364,6 +364,7 @@ def test_report_shows_itself(generator):
     text, page = str(report), report._repr_html_()
     assert "site=B, age=old" in text
     assert "by chance alone" in text
+    assert repr(report) == text
     assert "<table" in page
     assert "<script" not in page
     evil = subgroup_report([0, 1], [0, 1], ["<b>", "x"])._repr_html_()

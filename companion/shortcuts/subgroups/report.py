@@ -68,7 +68,7 @@ class AttributeSummary:
     macro_std_by_chance: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SubgroupReport:
     """What `subgroup_report` found; prints as text, shows as a table in a notebook.
 
@@ -129,6 +129,8 @@ class SubgroupReport:
         widths = [max(len(row[i]) for row in [names, *body]) for i in range(len(names))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in [names, *body]]
         return "\n".join([*lines, *self._sentences()])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         names, body = self._cells()
