@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from companion.checks import as_tensor
-from companion.dimensionality import intruder_dimensions
+from companion.dimensionality import intruder_dimensions, participation_ratio, twonn
 from companion.exercises.core import Verdict, correct, not_attempted, not_yet
 
 __all__ = ["CHECKS"]
@@ -72,7 +72,47 @@ def _intruders(answer: Callable[[Tensor, Tensor, int, float], Any]) -> Verdict:
     return correct("Newcomers are counted, turned signs and mere exchanges of rank are not.")
 
 
+def _mle_of_set(answer: Callable[[Tensor], Any]) -> Verdict:
+    draw = torch.Generator().manual_seed(11)
+    distances = torch.rand(50, 8, generator=draw, dtype=torch.float64).add(0.1).sort(1).values
+    given = answer(distances)
+    if given is None or given is Ellipsis:
+        return not_attempted()
+    given = as_tensor(given, "the returned dimension").double()
+    if given.numel() != 1:
+        return not_yet(f"Return one number for the whole set, got shape {tuple(given.shape)}: average over the points.")
+    logs = (distances[:, -1:] / distances[:, :-1]).log()
+    inverse = logs.mean(1)
+
+    def close(value: Tensor) -> bool:
+        return math.isclose(float(given), float(value), rel_tol=1e-4)
+
+    if close(1 / inverse.mean()):
+        return correct("Averaging the inverses keeps a few points with large values from deciding.")
+    if close(inverse.mean()):
+        return not_yet("This is the mean inverse dimension. Invert it.")
+    if close((1 / inverse).mean()):
+        return not_yet("You averaged the dimensions of the points. Average their inverses, then invert.")
+    if close(8 / logs.sum(1).mean()) or close(1 / (logs.sum(1) / 8).mean()):
+        return not_yet("The sum has k - 1 terms, not k: the k-th ratio is one and its logarithm zero.")
+    return not_yet("The inverse at a point is the mean of log(T_k / T_j) over j < k, with T_k the last distance.")
+
+
+def _broken_linear_count(answer: Any) -> Verdict:
+    x = as_tensor(answer, "answer").double()
+    if x.dim() != 2 or x.shape[0] < 500 or x.shape[1] < 3:
+        return not_yet(f"Give at least 500 points in at least three columns, got shape {tuple(x.shape)}.")
+    local, linear = float(twonn(x)), float(participation_ratio(x))
+    if linear <= 2.5:
+        return not_yet(f"The participation ratio is {linear:.2f}. Let the set turn more: a wound curve.")
+    if local >= 1.3:
+        return not_yet(f"TwoNN says {local:.2f}: nearby points must lie along a line. Take noise away or add points.")
+    return correct(f"TwoNN says {local:.2f}, the participation ratio {linear:.2f}: one coordinate, many directions.")
+
+
 CHECKS: dict[str, Callable[[Any], Verdict]] = {
+    "intrinsic-dimension/2": _mle_of_set,
+    "intrinsic-dimension/3": _broken_linear_count,
     "subspace-training/1": _best_step,
     "subspace-training/2": _nearest,
     "subspace-training/3": _intruders,

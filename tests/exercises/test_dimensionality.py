@@ -59,3 +59,42 @@ class TestSubspaceTraining:
         verdict = judge(f"subspace-training/{key}", answer)
         assert verdict.state == "not yet"
         assert hint in verdict.message
+
+
+def mle_of_set(distances):
+    return 1 / (distances[:, -1:] / distances[:, :-1]).log().mean()
+
+
+def wound_curve(noise=0.0, turns=2):
+    t = 2 * math.pi * torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    x = torch.stack([t.cos(), t.sin(), (turns * t).cos(), (turns * t).sin()], 1)
+    return x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+
+class TestIntrinsicDimension:
+    def test_solutions_are_correct(self):
+        assert _state("intrinsic-dimension/2", mle_of_set) == "correct"
+        assert _state("intrinsic-dimension/3", wound_curve()) == "correct"
+
+    def test_stubs_are_not_attempted(self):
+        assert _state("intrinsic-dimension/2", lambda distances: ...) == "not attempted"
+        assert _state("intrinsic-dimension/2", ...) == "not attempted"
+        assert _state("intrinsic-dimension/3", ...) == "not attempted"
+
+    @pytest.mark.parametrize(
+        ("key", "answer", "hint"),
+        [
+            ("2", lambda r: 1 / mle_of_set(r), "Invert it"),
+            ("2", lambda r: (1 / (r[:, -1:] / r[:, :-1]).log().mean(1)).mean(), "averaged the dimensions"),
+            ("2", lambda r: 1 / (r[:, -1:] / r).log().mean(), "k - 1"),
+            ("2", lambda r: 1 / (r[:, -1:] / r[:, :-1]).log().mean(1), "one number"),
+            ("2", lambda r: 3.0, "last distance"),
+            ("3", wound_curve(turns=0), "participation ratio is"),
+            ("3", wound_curve(noise=0.1), "TwoNN says"),
+            ("3", wound_curve()[:100], "at least 500"),
+        ],
+    )
+    def test_mistakes_get_their_hint(self, key, answer, hint):
+        verdict = judge(f"intrinsic-dimension/{key}", answer)
+        assert verdict.state == "not yet"
+        assert hint in verdict.message

@@ -259,7 +259,7 @@ class RandomFeatureForecaster(BaseEstimator):
 
     Args:
         n_features: random features.
-        delays: samples in the window, p.
+        delays: samples in the window, p. One is enough where the whole state is seen; more can make the run unstable.
         ridge: penalty, relative to the mean square of the features.
         scale: size of A.
         random_state: draws A and b (None: torch's default generator).
@@ -270,7 +270,7 @@ class RandomFeatureForecaster(BaseEstimator):
 
     >>> t = torch.linspace(0, 60, 600, dtype=torch.float64)
     >>> wave = torch.stack([t.sin(), t.cos()], 1)
-    >>> model = RandomFeatureForecaster(50, random_state=0).fit(wave[:400])
+    >>> model = RandomFeatureForecaster(50, delays=2, random_state=0).fit(wave[:400])
     >>> bool((model.forecast(wave[398:400], 100) - wave[400:500]).abs().max() < 0.1)
     True
 
@@ -281,9 +281,9 @@ class RandomFeatureForecaster(BaseEstimator):
     def __init__(
         self,
         n_features: int = 300,
-        delays: int = 2,
-        ridge: float = 1e-8,
-        scale: float = 0.5,
+        delays: int = 1,
+        ridge: float = 1e-12,
+        scale: float = 0.1,
         random_state: Any = None,
     ):
         self.n_features = n_features

@@ -132,9 +132,9 @@ def nearest_neighbor_error(x_train: Any, y_train: Any, x_test: Any, y_test: Any)
 
     Args:
         x_train: (n, d).
-        y_train: (n,), numbers.
+        y_train: (n,) numbers, or (n, m) for several targets, whose errors are averaged.
         x_test: (m, d).
-        y_test: (m,).
+        y_test: labels of the test points, in the same form.
 
     Returns:
         A scalar.
@@ -149,7 +149,8 @@ def nearest_neighbor_error(x_train: Any, y_train: Any, x_test: Any, y_test: Any)
     Chapter: dimensionality/intrinsic-dimension
     """
     x_test, x_train = check_features(x_test, "x_test"), check_features(x_train, "x_train")
-    y_train, y_test = check_scores(y_train, "y_train"), check_scores(y_test, "y_test")
+    y_train, y_test = as_tensor(y_train, "y_train"), as_tensor(y_test, "y_test")
+    y_train, y_test = (check_features(y[:, None] if y.dim() == 1 else y, "y") for y in (y_train, y_test))
     check_same_length(x_train=x_train, y_train=y_train)
     check_same_length(x_test=x_test, y_test=y_test)
     nearest = knn(x_test, x_train, k=1).indices.squeeze(1)
