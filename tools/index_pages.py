@@ -79,8 +79,8 @@ def chapters(root: Path = ROOT) -> dict[str, dict]:
     """The chapters on the site: `theme/name` -> its title, its text, its notebook and the headings of its text."""
     found = {}
     for name in toc_files(root):
-        if name.endswith(".ipynb"):
-            path = root / name
+        path = root / name
+        if path.suffix == ".ipynb" and path.exists():  # the build itself names a missing one
             text = path.with_suffix(".md").read_text(encoding="utf-8")
             key = f"{path.parent.name}/{path.stem}"
             short = title_of(text).split(":")[0]

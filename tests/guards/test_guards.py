@@ -325,6 +325,7 @@ def run_nbval(tree, *more):
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.site
 def test_a_drifted_notebook_fails_under_nbval(tree):
     """The whole way: a notebook whose committed record differs from its run fails, and says what to do."""
     folder = tree / "book/calibration"
@@ -350,6 +351,7 @@ def test_a_notebook_that_takes_too_long_is_found():
     assert "split the chapter" in over({"book/calibration/recalibration.ipynb": 140.0})[0]
 
 
+@pytest.mark.site
 @pytest.mark.parametrize("more", [[], ["-n", "1", "--dist", "loadfile"]])
 def test_a_slow_notebook_fails_its_run(tree, more):
     hooks = (guards.HERE / "book/conftest.py").read_text()
@@ -363,6 +365,7 @@ def test_a_slow_notebook_fails_its_run(tree, more):
     assert "its budget is" in done.stdout
 
 
+@pytest.mark.site
 def test_every_exercise_is_tested_with_its_solution_its_stub_and_two_wrong_answers(tmp_path):
     keys = []
     for text in guards.chapters(guards.HERE):
