@@ -255,6 +255,18 @@ def test_matching_a_spectrum_the_layer_can_make_succeeds(generator):
     assert losses[-1] < 0.05 * losses[0]
 
 
+def test_matching_coarse_rings_only_leaves_the_tail_alone(generator):
+    real, other = (make_random_fields(64, 32, generator=generator) for _ in range(2))
+    coarse = F.avg_pool2d(other, 2)
+    target = radial_power_spectrum(real, log=False).mean(0)
+    layer = Upsampler("zero", 1, 5, seed=0)
+    losses = match_spectrum(layer, coarse, target, last=6)
+    with torch.no_grad():
+        off = (radial_power_spectrum(layer(coarse), log=False).mean(0).log() - target.log()).abs()
+    assert losses[-1] < 0.05
+    assert off[:6].max() < 0.5 < off[10:].max()
+
+
 def test_detector_keeps_the_contract(generator):
     real = make_random_fields(60, 16, 1.5, generator=generator)
     fake = make_random_fields(60, 16, 0.7, generator=generator)

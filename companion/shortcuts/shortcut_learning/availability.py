@@ -197,7 +197,7 @@ def reliance(
     n_probe: int = 100,
     limit: float = 3,
 ) -> Tensor:
-    r"""Measure which of two cues a rule sides with, on a even grid of cues.
+    r"""Measure which of two cues a rule sides with, on an even grid of cues.
 
     $$R = \Pr[\mathrm{sign} f = \mathrm{sign} z_s] - \Pr[\mathrm{sign} f = \mathrm{sign} z_c]$$
 

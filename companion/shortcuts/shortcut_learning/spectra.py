@@ -298,7 +298,9 @@ class Upsampler(nn.Module):
         return F.conv2d(F.pad(x, (left, right, left, right), mode="circular"), self.kernel)
 
 
-def match_spectrum(upsampler: Upsampler, coarse: Tensor, target: Tensor, *, steps: int = 60) -> list[float]:
+def match_spectrum(
+    upsampler: Upsampler, coarse: Tensor, target: Tensor, *, last: int | None = None, steps: int = 60
+) -> list[float]:
     r"""Tune an upsampler's kernel, in place, until the mean spectrum of its pictures is the one you want.
 
     $$\ell = \frac1{|r|} \sum_r \big(\log \bar P_\mathrm{made}(r) - \log \bar P_\mathrm{target}(r)\big)^2$$
@@ -310,13 +312,15 @@ def match_spectrum(upsampler: Upsampler, coarse: Tensor, target: Tensor, *, step
         upsampler: whose kernel is tuned.
         coarse: what it upsamples (n, c, h, w).
         target: mean power (rings,) of real pictures, `radial_power_spectrum(real, log=False).mean(0)`.
+        last: the last ring that counts; None: all of them. A layer that is fitted to coarse structure only is left with
+            whatever tail its architecture gives it.
         steps: of L-BFGS, at most.
 
     Returns:
         The loss at each evaluation.
 
     Raises:
-        ValueError: steps below one, a target of another length.
+        ValueError: steps or last below one, a target of another length.
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> coarse, real = torch.randn(8, 1, 8, 8, generator=rng), make_random_fields(8, 16, generator=rng)
@@ -329,6 +333,7 @@ def match_spectrum(upsampler: Upsampler, coarse: Tensor, target: Tensor, *, step
     Chapter: shortcuts/shortcut-learning
     """
     check_positive_int(steps, "steps")
+    rings = slice(None if last is None else check_positive_int(last, "last"))
     wanted, losses = target.detach().clamp_min(_FLOOR).log(), []
     optimizer = torch.optim.LBFGS([upsampler.kernel], max_iter=steps, line_search_fn="strong_wolfe")
 
@@ -337,7 +342,7 @@ def match_spectrum(upsampler: Upsampler, coarse: Tensor, target: Tensor, *, step
         made = radial_power_spectrum(upsampler(coarse), log=False).mean(0)
         if made.shape != wanted.shape:
             raise ValueError(f"expected a target of {len(made)} rings, got {tuple(wanted.shape)}")
-        loss = (made.clamp_min(_FLOOR).log() - wanted).square().mean()
+        loss = (made.clamp_min(_FLOOR).log() - wanted)[rings].square().mean()
         loss.backward()
         losses.append(loss.item())
         return loss
