@@ -9,10 +9,10 @@ from torch import nn
 
 from companion.collapse import (
     ContextModel,
+    LinearFeatureNet,
     MarkovLanguage,
     NearestMeanDisagreement,
     NeuralCollapse,
-    LinearFeatureNet,
     UnconstrainedFeatureModel,
     cdnv,
     central_path_flow,
