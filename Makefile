@@ -70,4 +70,5 @@ bench: $(READY) ## side by side with the libraries people would otherwise pick
 
 clean: ## everything made, the environment included
 	rm -rf .venv _build .pytest_cache .ruff_cache *.egg-info
+	rm -rf book/reference/api book/reference/papers.md book/reference/claims.md book/reference/bibliography.md
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
