@@ -260,8 +260,9 @@ class CoarseToFine:
         """Train the fine stage on normal images with defects pasted into them."""
         g = None if self.random_state is None else torch.Generator().manual_seed(self.random_state)
         damaged, masks = irregular_defects(images.repeat(2, 1, 1, 1), generator=g)
-        normal_map = torch.as_tensor(self.coarse.anomaly_map(images))
-        self.guide_mean_, self.guide_std_ = normal_map.mean(), normal_map.std().clamp(min=1e-9)
+        if self.guide_scale != 0:
+            normal_map = torch.as_tensor(self.coarse.anomaly_map(images))
+            self.guide_mean_, self.guide_std_ = normal_map.mean(), normal_map.std().clamp(min=1e-9)
         x = self._input(damaged)
         sizes = masks.sum((1, 2), keepdim=True).clamp(min=1)
         weight = 1 + masks * 60 / sizes  # a small defect counts as much as a large one
