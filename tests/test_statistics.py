@@ -3,9 +3,6 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from companion.statistics import ClassMoments, Moments, ledoit_wolf, oas, shrunk_covariance
+from tests.processes import run_two
 
 KINDS = ["full", "diagonal", "pooled", None]
 
@@ -162,11 +160,7 @@ def test_metric_manners():
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
 from companion.statistics import ClassMoments, Moments
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 data = torch.load(f"{folder}/data.pt", weights_only=True)
 x, y = data["x"], data["y"]
 mine = slice(0, 123) if rank == 0 else slice(123, None)  # uneven, and class 3 only in the second process
@@ -180,9 +174,6 @@ metric = Moments(5)
 if rank == 1:  # the first process never sees a sample
     metric.update(x)
 out["one-sided"] = list(metric.compute())
-torch.save(out, f"{folder}/out{rank}.pt")
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
@@ -191,16 +182,9 @@ dist.destroy_process_group()
 def test_two_processes_give_the_answer_of_one(tmp_path):
     x, y = draw()
     y = y.sort().values
-    (tmp_path / "worker.py").write_text(WORKER)
     torch.save({"x": x, "y": y}, tmp_path / "data.pt")
-    root = str(Path(__file__).resolve().parents[1])
-    commands = [[sys.executable, "-W", "ignore", str(tmp_path / "worker.py"), str(r), str(tmp_path)] for r in (0, 1)]
-    workers = [subprocess.Popen(c, cwd=root, stderr=subprocess.PIPE, text=True) for c in commands]
-    for worker in workers:
-        _, said = worker.communicate(timeout=120)
-        assert worker.returncode == 0, said
-    for rank in (0, 1):
-        out = torch.load(tmp_path / f"out{rank}.pt", weights_only=True)
+    for path in run_two(WORKER, tmp_path):
+        out = torch.load(path, weights_only=True)
         for kind in ("full", "diagonal", "pooled"):
             alone = ClassMoments(4, 5, kind)
             alone.update(x, y)

@@ -33,6 +33,7 @@ from companion.collapse import (
 )
 from companion.geometry import scatter_matrices
 from companion.nets import MLP
+from tests.processes import run_two
 
 
 def cloud(n=600, d=12, n_classes=5, spread=1.0, shift=0.0, seed=0, dtype=torch.float64):
@@ -156,6 +157,23 @@ class TestStream:
         whole = neural_collapse(features, labels)
         for name, value in halves[0].compute().items():
             assert float(value) == pytest.approx(float(whole[name]), rel=1e-5), name
+
+    @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+    def test_two_processes_give_the_one_shot_value(self, tmp_path):
+        features, labels, _ = cloud(n=2000, shift=1e3, dtype=torch.float32)
+        torch.save({"h": features, "y": labels}, tmp_path / "data.pt")
+        script = """
+from companion.collapse import NeuralCollapse
+data = torch.load(f"{folder}/data.pt", weights_only=True)
+mine = slice(0, 300) if rank == 0 else slice(300, None)
+metric = NeuralCollapse(5, 12)
+metric.update(data["h"][mine], data["y"][mine])
+out = metric.compute()
+"""
+        whole = neural_collapse(features, labels)
+        for path in run_two(script, tmp_path):
+            for name, value in torch.load(path, weights_only=True).items():
+                assert float(value) == pytest.approx(float(whole[name]), rel=1e-5), name
 
     def test_reset_forgets(self):
         features, labels, _ = cloud()
