@@ -64,7 +64,7 @@ def drift(before, now):
 
 
 SECONDS = pytest.StashKey[dict]()
-SLACK = 2  # how much slower than ours a machine may be
+SLACK = 5  # a busy machine was seen to take three times as long; what runs away is still caught
 
 
 def pytest_configure(config):
@@ -111,7 +111,7 @@ def over_budget(seconds):
     """Return what is wrong with how long notebooks took, as sentences.
 
     Args:
-        seconds: by notebook; 15 and 8 per paper are allowed, at most 90, twice that on a slow machine.
+        seconds: by notebook; 15 and 8 per paper are allowed, at most 90, several times that on a busy machine.
     """
     from companion import papers
 

@@ -355,7 +355,7 @@ def test_a_notebook_that_takes_too_long_is_found():
 @pytest.mark.parametrize("more", [[], ["-n", "1", "--dist", "loadfile"]])
 def test_a_slow_notebook_fails_its_run(tree, more):
     hooks = (guards.HERE / "book/conftest.py").read_text()
-    (tree / "book/conftest.py").write_text(hooks.replace("SLACK = 2 ", "SLACK = 0.0001 "))
+    (tree / "book/conftest.py").write_text(hooks.replace("SLACK = 5 ", "SLACK = 0.0001 "))
     output(tree, {"text/plain": "1"}, "import time; time.sleep(0.3)")
     notebook = json.loads((tree / "book/calibration/demo.ipynb").read_text())
     notebook["cells"] = [{**cell, "execution_count": 1} for cell in notebook["cells"] if cell.get("outputs")]
