@@ -348,7 +348,7 @@ def test_a_drifted_notebook_fails_under_nbval(tree):
 def test_a_notebook_that_takes_too_long_is_found():
     over = nbval_hooks().over_budget
     assert over({"book/calibration/recalibration.ipynb": 40.0}) == []
-    assert "split the chapter" in over({"book/calibration/recalibration.ipynb": 140.0})[0]
+    assert "split the chapter" in over({"book/calibration/recalibration.ipynb": 340.0})[0]
 
 
 @pytest.mark.site
