@@ -11,6 +11,7 @@ import string
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -271,14 +272,23 @@ def _decimals(value: float) -> int:
 
 
 def _links(fn: Callable | type) -> list[str]:
-    """Links to the API page of a companion function, beside the chapters on the site, and to its file."""
+    """Links to the API page of a companion function, when it has an entry there, and to its file."""
     parts = fn.__module__.split(".")
     if parts[0] != "companion":
         return []
     page = parts[1] if len(parts) > 1 and parts[1] in _THEMES else "foundation"
     path = Path(inspect.getsourcefile(fn)).resolve().relative_to(Path(__file__).resolve().parent.parent).as_posix()
     name = f"{fn.__module__}.{fn.__qualname__}"
-    return [
-        f'<a class="companion-api" href="../reference/api/{page}.html#{name}">API</a>',
-        f'<a href="{REPOSITORY}/blob/main/{path}">{path}</a>',
-    ]
+    file = f'<a href="{REPOSITORY}/blob/main/{path}">{path}</a>'
+    if not _is_documented(fn, parts):
+        return [file]
+    return [f'<a class="companion-api" href="../reference/api/{page}.html#{name}">API</a>', file]
+
+
+def _is_documented(fn: Callable | type, module: list[str]) -> bool:
+    """Whether the API pages list it: they show what a theme, or a module of the foundation, exports."""
+    first, *rest = fn.__qualname__.split(".")
+    home = import_module(".".join(module[:2]))
+    return first in getattr(home, "__all__", []) and not any(
+        name.startswith("_") and not name.endswith("__") for name in rest
+    )

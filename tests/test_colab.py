@@ -90,7 +90,10 @@ def run_there(python, notebook, folder, monkeypatch):
     empty = folder / "empty"
     empty.mkdir()
     monkeypatch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
-    monkeypatch.setenv("COMPANION_URL", "git+file://localhost" + quote(str(ROOT)))
+    # a copy, because old versions of pip lose an address with a space in it
+    copy = folder / "repository.git"
+    subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(copy)], check=True)
+    monkeypatch.setenv("COMPANION_URL", "git+file://localhost" + quote(str(copy)))
     monkeypatch.setenv("PIP_CONSTRAINT", str(ROOT / "constraints.txt"))
     monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")  # the repository may belong to another user, as in a container

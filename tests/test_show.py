@@ -155,3 +155,11 @@ def test_table_takes_rows_or_columns(shown):
 def test_tables_that_do_not_fit(rows):
     with pytest.raises(ValueError, match="expected"):
         table(rows)
+
+
+def test_what_the_api_pages_do_not_list_is_linked_to_its_file_only():
+    from companion import runtime
+    from companion.show import _links
+
+    assert len(_links(runtime.seeds)) == 2
+    assert len(_links(runtime._derived)) == 1
