@@ -7,6 +7,7 @@ so that it costs seconds and no download; the companion and its other requiremen
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -90,11 +91,10 @@ def run_there(python, notebook, folder, monkeypatch):
     empty = folder / "empty"
     empty.mkdir()
     monkeypatch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
-    # a copy, because old versions of pip lose an address with a space in it
-    copy = folder / "repository.git"
-    subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(copy)], check=True)
-    monkeypatch.setenv("COMPANION_URL", "git+file://localhost" + quote(str(copy)))
-    monkeypatch.setenv("PIP_CONSTRAINT", str(ROOT / "constraints.txt"))
+    monkeypatch.setenv("COMPANION_URL", "git+file://localhost" + quote(str(ROOT)))
+    # pip splits this variable at spaces, which the path of the repository may hold
+    constraints = shutil.copy(ROOT / "constraints.txt", folder)
+    monkeypatch.setenv("PIP_CONSTRAINT", str(constraints))
     monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")  # the repository may belong to another user, as in a container
     monkeypatch.setenv("GIT_CONFIG_KEY_0", "safe.directory")
