@@ -41,7 +41,7 @@ def _dead(answer: Callable[..., Any]) -> Verdict:
             return not_yet("There should be one value for every class.")
         if got == [not dies for dies in expected]:
             return not_yet("It is the other way round: True is for the classes that die.")
-        if got == [n <= sum(counts) ** 2 * max(lam_w, lam_h) ** 2 for n in counts] != expected or lam_w == lam_h:
+        if got == [n <= sum(counts) ** 2 * max(lam_w, lam_h) ** 2 for n in counts] != expected:
             return not_yet("Both weight decays matter, as a product.")
         if got != expected:
             return not_yet(

@@ -17,6 +17,7 @@ from companion.checks import (
     check_labels,
     check_positive_int,
 )
+from companion.collapse.neural_collapse.measures import each_pair
 from companion.geometry import class_means, pairwise_cosine
 
 __all__ = [
@@ -120,11 +121,6 @@ class ContextModel(nn.Module):
         return self.head(self.features(words))
 
 
-def _pairs(matrix: Tensor) -> Tensor:
-    rows, columns = torch.triu_indices(*matrix.shape, offset=1, device=matrix.device)
-    return matrix[rows, columns]
-
-
 def cdnv(means: Any, variances: Any) -> Tensor:
     r"""Return the class-distance normalised variance, mean over pairs of $\frac{v_i+v_j}{2\lVert\mu_i-\mu_j\rVert^2}$.
 
@@ -146,7 +142,7 @@ def cdnv(means: Any, variances: Any) -> Tensor:
     if variances.shape != means.shape[:1] or bool((variances < 0).any()):
         raise ValueError(f"expected variances ({len(means)},), none below zero, got shape {tuple(variances.shape)}")
     squared = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    return _pairs((variances[:, None] + variances) / (2 * squared)).mean()
+    return each_pair((variances[:, None] + variances) / (2 * squared)).mean()
 
 
 def hyperspherical_uniformity(means: Any) -> Tensor:
@@ -168,7 +164,7 @@ def hyperspherical_uniformity(means: Any) -> Tensor:
     Chapter: collapse/neural-collapse
     """
     means = check_features(means, "means", min_samples=2)
-    cosines = _pairs(pairwise_cosine(means - means.mean(0)))
+    cosines = each_pair(pairwise_cosine(means - means.mean(0)))
     return -(2 - 2 * cosines).clamp(min=torch.finfo(cosines.dtype).tiny).log().mean() / 2
 
 
@@ -247,7 +243,7 @@ def linguistic_collapse(
         "cdnv": cdnv(means, squared / counts),
         "uniformity": hyperspherical_uniformity(means),
         "equinorm": norms.std(correction=0) / norms.mean(),
-        "equiangularity": _pairs(pairwise_cosine(centred)).std(correction=0),
+        "equiangularity": each_pair(pairwise_cosine(centred)).std(correction=0),
         "duality_spread": duality_spread(means, w),
         "agreement": (logits.argmax(1) == nearest).to(h.dtype).mean(),
         "kept": torch.tensor(len(kept)),

@@ -130,12 +130,21 @@ def _geometry(centred: Tensor, scatter: Tensor, weight: Tensor | None) -> dict[s
     if bool((norms == 0).any()):
         raise ValueError("expected no class mean at the mean of all class means: it has no direction")
     cosines = pairwise_cosine(centred)
-    pairs = torch.triu_indices(n_classes, n_classes, offset=1, device=centred.device)
-    measures["nc2_angles"] = (cosines[pairs[0], pairs[1]] + 1 / (n_classes - 1)).abs().mean()
+    measures["nc2_angles"] = (each_pair(cosines) + 1 / (n_classes - 1)).abs().mean()
     if weight is not None:
         weight = weight.to(centred)
         measures["nc3"] = ((weight / weight.norm() - centred / centred.norm()) ** 2).sum()
     return measures
+
+
+def each_pair(matrix: Tensor) -> Tensor:
+    """Return the entries above the diagonal of a square matrix, one for each pair.
+
+    >>> each_pair(torch.tensor([[1, 2], [3, 4]]))
+    tensor([2])
+    """
+    rows, columns = torch.triu_indices(*matrix.shape, offset=1, device=matrix.device)
+    return matrix[rows, columns]
 
 
 class NeuralCollapse(ClassMoments):

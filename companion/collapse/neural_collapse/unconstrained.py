@@ -289,7 +289,8 @@ class UnconstrainedFeatureModel(nn.Module):
 
 
 def _targets(labels: Any, n: int, n_classes: int, like: Tensor) -> Tensor:
-    return F.one_hot(check_labels(labels, n, n_classes), n_classes).to(like)
+    """Return one-hot targets (n, C) with the dtype and on the device of `like`."""
+    return F.one_hot(check_labels(labels, n, n_classes).to(like.device), n_classes).to(like)
 
 
 def tethered_features(weight: Any, labels: Any, start: Any, lam_h: float, beta: float) -> Tensor:
@@ -363,7 +364,7 @@ def central_path_weight(features: Any, labels: Any, lam_w: float, n_classes: int
     labels = check_labels(labels, len(features), n_classes)
     if check_in_range(lam_w, "lam_w", low=0) == 0:
         raise ValueError("expected lam_w above 0, got 0")
-    targets = F.one_hot(labels.to(features.device), n_classes or int(labels.max()) + 1).to(features)
+    targets = _targets(labels, len(features), n_classes or int(labels.max()) + 1, features)
     n, d = features.shape
     ridge = features.T @ features + n * lam_w * torch.eye(d, dtype=features.dtype, device=features.device)
     return torch.linalg.solve(ridge, features.T @ targets).T
@@ -399,11 +400,11 @@ def central_path_flow(
     Chapter: collapse/neural-collapse
     """
     h = check_features(features, "features")
-    labels = check_labels(labels, len(h)).to(h.device)
+    labels = check_labels(labels, len(h))
     check_in_range(lam_h, "lam_h", low=0)
     if check_in_range(step, "step", low=0) == 0:
         raise ValueError("expected a step above 0, got 0")
-    targets = F.one_hot(labels).to(h)
+    targets = _targets(labels, len(h), int(labels.max()) + 1, h)
     path = [h]
     for _ in range(check_positive_int(n_steps, "n_steps")):
         weight = central_path_weight(h, labels, lam_w, targets.shape[1])
