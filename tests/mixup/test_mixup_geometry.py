@@ -15,6 +15,7 @@ from companion.mixup import (
     MixupCollate,
     QuadraticPatchCNN,
     adamixup_loss,
+    channel_curve,
     channel_projection,
     intrusion_rate,
     make_bands,
@@ -22,10 +23,12 @@ from companion.mixup import (
     manifold_mixup,
     mix_apart,
     mixup,
+    mixup_loss,
     mixup_ufm_features,
     pair_up,
 )
-from companion.nets import MLP
+from companion.nets import MLP, SmallCNN
+from companion.training import fit, fit_many, per_model
 
 
 class TestIntrusion:
@@ -90,11 +93,43 @@ class TestIntrusion:
         assert torch.equal(y_a, y)
         torch.testing.assert_close(ada.eval()(x), ada.model(x))
 
+    def test_an_interval_without_width_is_a_point_and_all_the_width_is_plain_mixup(self, generator):
+        x, y = make_bands(64, generator=generator)
+        packed, _ = pair_up(x, y, generator)
+        plain = AdaMixUp(MLP((2, 8, 2), seed=0), 2, min_width=1.0)
+        torch.testing.assert_close(plain(packed).lam, packed[:, 4])
+        point = AdaMixUp(MLP((2, 8, 2), seed=0), 2)
+        with torch.no_grad():
+            point.policy.head.bias.copy_(torch.tensor([50.0, -50.0, 0.0]))
+        outputs = point(packed)
+        torch.testing.assert_close(outputs.lam, torch.ones(64))
+        torch.testing.assert_close(outputs.x, x)
+
+    def test_images_odd_and_single_batches_train(self, generator):
+        x, y = torch.rand(5, 1, 8, 8, generator=generator), torch.tensor([0, 1, 2, 0, 1])
+        ada = AdaMixUp(SmallCNN(1, 3, width=4), (1, 8, 8), hidden=8)
+        history = fit(
+            ada, x, y, loss=adamixup_loss, epochs=2, batch_size=2, batch_transform=pair_up, generator=generator
+        )
+        assert all(math.isfinite(value) for value in history.loss)
+        assert ada(x).shape == (5, 3)
+
+    def test_many_train_as_one(self, generator):
+        x, y = make_bands(64, generator=generator)
+        settings = {"loss": adamixup_loss, "epochs": 3, "batch_size": 16, "batch_transform": per_model(pair_up)}
+        many = fit_many(lambda: AdaMixUp(MLP((2, 8, 2)), 2, hidden=8), [0, 1], x, y, **settings)
+        assert many(x).shape == (2, 64, 2)
+        assert many.history.loss.isfinite().all()
+
     def test_bad_input(self, generator):
         x, y = make_bands(10, generator=generator)
+        with pytest.raises(ValueError, match="pair_up"):
+            AdaMixUp(MLP((2, 8, 2)), 2)(x)
+        with pytest.raises(ValueError, match="in_shape"):
+            AdaMixUp(MLP((2, 8, 2)), (2, 0))
         with pytest.raises(ValueError, match="half_width"):
             make_bands(10, spacing=0.2, half_width=0.1)
-        with pytest.raises(ValueError, match="radius above 0"):
+        with pytest.raises(ValueError, match="radius"):
             intrusion_rate(mixup(x, y), x, y, 0.0)
         with pytest.raises(ValueError, match="min_width"):
             AdaMixUp(MLP((2, 8, 2)), 2, min_width=2.0)
@@ -134,6 +169,11 @@ class TestRareFeatures:
         assert torch.equal(mixed[2].x, x)
         assert float(mixed[3].lam) == 1
         assert torch.equal(EarlyStoppedMixup(0)(x, y)[0], x)
+        many = EarlyStoppedMixup(2, n_models=3)
+        stacked = per_model(many)
+        steps = [stacked(x.expand(3, 6, 2), y.expand(3, 6), generator)[1].lam for _ in range(3)]
+        assert bool((steps[1] < 1).all())
+        assert bool((steps[2] == 1).all())
         with pytest.raises(ValueError, match="stop_at"):
             EarlyStoppedMixup(-1)
 
@@ -173,6 +213,24 @@ class TestChannels:
         b = mixup_ufm_features(self.WEIGHT, [0.7], 1, 0, 1e-2)
         torch.testing.assert_close(a, b)
 
+    def test_logits_are_proportional_to_the_residuals(self):
+        lam, mu = torch.linspace(0, 1, 9, dtype=torch.float64), 1e-2
+        z = mixup_ufm_features(self.WEIGHT, lam, 0, 1, mu) @ self.WEIGHT.T
+        target = torch.stack([lam, 1 - lam, torch.zeros(9)], 1)
+        torch.testing.assert_close(z, 1.5 / mu * (target - z.softmax(1)), atol=1e-7, rtol=0)
+
+    @pytest.mark.parametrize("n_classes", [3, 5, 10])
+    def test_the_curve_is_the_limit_of_the_minimum(self, n_classes):
+        weight = simplex_etf(n_classes, n_classes + 3, dtype=torch.float64)
+        lam = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+        away = []
+        for mu in (1e-2, 1e-4):
+            h = mixup_ufm_features(weight, lam, 2, 1, mu)
+            exact, curve = channel_projection(h, weight, 2, 1), channel_curve(lam, n_classes, mu)
+            away.append(float((exact - curve).norm(dim=1).max() / h[4].norm()))
+        assert away[0] < 0.05
+        assert away[1] < 1e-3
+
     def test_projection_keeps_lengths_in_the_plane(self):
         h = mixup_ufm_features(self.WEIGHT, [0.2, 0.5, 0.9], 0, 1, 1e-2)
         flat = channel_projection(h, self.WEIGHT, 0, 1)
@@ -193,6 +251,13 @@ class TestChannels:
             mixup_ufm_features(self.WEIGHT, [0.5], 0, 1, 1e-2, loss="hinge")
         with pytest.raises(ValueError, match="opposite"):
             channel_projection(torch.ones(1, 2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0, 1)
+        for pair in ((0, 3), (1, 1), (-1, 0)):
+            with pytest.raises(ValueError, match="different classes"):
+                channel_projection(torch.ones(1, 2), self.WEIGHT, *pair)
+        with pytest.raises(ValueError, match="strictly between"):
+            channel_curve([0.0], 3, 1e-2)
+        with pytest.raises(ValueError, match="n_classes"):
+            channel_curve([0.5], 2, 1e-2)
 
 
 class TestLoops:
@@ -203,6 +268,34 @@ class TestLoops:
             expected = mixed.lam * mixed.y_a + (1 - mixed.lam) * mixed.y_b
             np.testing.assert_allclose(mixed.x[:, 0], expected, rtol=1e-5)
             assert mixed.y_a.dtype == torch.int64
+
+    def test_workers_draw_differently_in_every_epoch_and_the_same_in_every_run(self):
+        data = TensorDataset(torch.arange(8.0)[:, None], torch.arange(8))
+
+        def two_epochs():
+            collate = MixupCollate(generator=torch.Generator().manual_seed(0))
+            order = torch.Generator().manual_seed(1)
+            loader = DataLoader(data, batch_size=2, collate_fn=collate, num_workers=2, generator=order)
+            return [float(mixed.lam) for _ in range(2) for mixed in loader]
+
+        lam = two_epochs()
+        assert len(set(lam)) == 8
+        assert two_epochs() == lam
+
+    def test_labels_stay_exact_in_half_precision_and_single_samples_pass(self):
+        labels = torch.tensor([2**60 + 1, 7, 2**53 + 1])
+        data = TensorDataset(torch.randn(3, 4).to(torch.bfloat16), labels)
+        batches = list(DataLoader(data, batch_size=2, collate_fn=MixupCollate()))
+        assert torch.equal(torch.cat([mixed.y_a for mixed in batches]), labels)
+        assert batches[1].x.shape == (1, 4)
+        outputs, mixed = manifold_mixup([nn.Linear(4, 3)], torch.randn(1, 4), labels[:1], layer=0)
+        assert torch.equal(mixed.y_b, labels[:1])
+        assert mixup_loss(outputs, mixed._replace(y_a=mixed.y_a % 3, y_b=mixed.y_b % 3)).isfinite()
+
+    def test_collate_wants_pairs(self):
+        data = TensorDataset(torch.randn(3, 4), torch.arange(3), torch.arange(3))
+        with pytest.raises(ValueError, match="samples"):
+            next(iter(DataLoader(data, collate_fn=MixupCollate())))
 
     def test_manifold_mixup_mixes_at_the_layer(self, generator):
         layers = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -3,7 +3,7 @@
 The mechanisms, one file each: `intrusion`, `rare_features`, `channels`, and `loops` for your own training loop.
 """
 
-from companion.mixup.mixup_geometry.channels import channel_projection, mixup_ufm_features
+from companion.mixup.mixup_geometry.channels import channel_curve, channel_projection, mixup_ufm_features
 from companion.mixup.mixup_geometry.intrusion import (
     AdaMixUp,
     Paired,
@@ -29,6 +29,7 @@ __all__ = [
     "Paired",
     "QuadraticPatchCNN",
     "adamixup_loss",
+    "channel_curve",
     "channel_projection",
     "intrusion_rate",
     "make_bands",

@@ -1,16 +1,19 @@
 """Where the features of mixed samples settle: along the boundary between two classes, not on the chord.
 
-Public: `mixup_ufm_features`, `channel_projection`.
+Public: `mixup_ufm_features` solves for them, `channel_curve` says how far they run, `channel_projection` shows it.
 """
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.special import lambertw
 from torch import Tensor
 
-from companion.checks import as_tensor, check_features, check_in_range
+from companion.checks import as_tensor, check_features, check_in_range, check_positive_int
 
-__all__ = ["channel_projection", "mixup_ufm_features"]
+__all__ = ["channel_curve", "channel_projection", "mixup_ufm_features"]
 
 
 def mixup_ufm_features(
@@ -52,10 +55,9 @@ def mixup_ufm_features(
     lam = as_tensor(lam, "lam").to(weight).flatten()
     if len(lam) == 0 or not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError("expected lam between 0 and 1")
-    if i == j or not (0 <= i < len(weight) and 0 <= j < len(weight)):
-        raise ValueError(f"expected two different classes below {len(weight)}, got {i} and {j}")
+    _check_pair(i, j, len(weight))
     if check_in_range(weight_decay, "weight_decay", low=0) == 0:
-        raise ValueError("expected weight_decay above 0: without it the features run away")
+        raise ValueError("expected weight_decay above 0, got 0: without it the features run away")
     target = torch.zeros(len(lam), len(weight), dtype=weight.dtype, device=weight.device)
     target[:, i], target[:, j] = lam, 1 - lam
     ridge = weight_decay * torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -87,6 +89,46 @@ def mixup_ufm_features(
     return h
 
 
+def channel_curve(lam: Any, n_classes: int, weight_decay: float) -> Tensor:
+    r"""Return where mixtures of two classes settle when the classifier is a simplex with rows of length one.
+
+    Setting the gradient to zero gives logits that are proportional to the residuals, $z = \kappa\,(t - p)$ with
+    $\kappa = \frac{C}{(C-1)\mu}$. For small $\mu$ the coordinates across and along the boundary are then
+
+    $$ x = \sqrt{\tfrac{C-1}{2C}}\,\log\tfrac{\lambda}{1-\lambda}, \qquad
+       y = \tfrac{\sqrt{2(C-1)(C-2)}}{C}\,W\!\Big(\tfrac{\kappa C}{2}\sqrt{\lambda(1-\lambda)}\Big), $$
+
+    with Lambert's $W$, which solves $We^W = $ its argument and grows like a logarithm. `mixup_ufm_features` gives the
+    exact minimum, at the ends of the curve too.
+
+    Args:
+        lam: shares of the first class, (m,) strictly between 0 and 1.
+        n_classes: C, at least 3: with two there is nothing to run away from.
+        weight_decay: mu, above 0.
+
+    Returns:
+        (m, 2) in float64: across, along, as `channel_projection` has them.
+
+    Raises:
+        ValueError: lam, classes or weight decay out of range.
+
+    >>> channel_curve([0.5], n_classes=3, weight_decay=1e-2)
+    tensor([[0.0000, 2.3179]], dtype=torch.float64)
+
+    Paper: fisher2024pushing
+    Chapter: mixup/mixup-geometry
+    """
+    lam = as_tensor(lam, "lam").double().flatten()
+    if len(lam) == 0 or not bool(((lam > 0) & (lam < 1)).all()):
+        raise ValueError("expected lam strictly between 0 and 1: the curve has no ends")
+    n = check_positive_int(n_classes, "n_classes", minimum=3)
+    kappa = n / ((n - 1) * check_in_range(weight_decay, "weight_decay", low=0, inclusive="neither"))
+    across = math.sqrt((n - 1) / (2 * n)) * torch.logit(lam)
+    depth = lambertw((kappa * n / 2 * (lam * (1 - lam)).sqrt()).cpu().numpy()).real
+    along = math.sqrt(2 * (n - 1) * (n - 2)) / n * torch.from_numpy(np.asarray(depth)).to(lam)
+    return torch.stack([across, along], 1)
+
+
 def channel_projection(features: Any, weight: Any, i: int, j: int) -> Tensor:
     r"""Return features in the plane of two classifier rows: across the boundary between i and j, and along it.
 
@@ -114,6 +156,7 @@ def channel_projection(features: Any, weight: Any, i: int, j: int) -> Tensor:
     features, weight = check_features(features, "features"), check_features(weight, "weight", min_samples=2)
     if features.shape[1] != weight.shape[1]:
         raise ValueError(f"expected weight (C, {features.shape[1]}), got {tuple(weight.shape)}")
+    _check_pair(i, j, len(weight))
     across, along = weight[i] - weight[j], weight[i] + weight[j]
     if float(across.norm()) == 0:
         raise ValueError(f"expected two different rows of the classifier, got rows {i} and {j}, which are equal")
@@ -122,3 +165,8 @@ def channel_projection(features: Any, weight: Any, i: int, j: int) -> Tensor:
     if float(along.norm()) <= 1e-6 * float(weight.norm()):
         raise ValueError(f"expected rows that span a plane, got opposite rows {i} and {j}")
     return features @ torch.stack([across, along / along.norm()], 1).to(features)
+
+
+def _check_pair(i: int, j: int, n_classes: int) -> None:
+    if i == j or not (0 <= i < n_classes and 0 <= j < n_classes):
+        raise ValueError(f"expected two different classes below {n_classes}, got {i} and {j}")

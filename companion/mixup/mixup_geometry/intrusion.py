@@ -3,6 +3,8 @@
 Public: `make_bands`, `intrusion_rate`, `Paired`, `AdaMixUp`, `pair_up`, `adamixup_loss`.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,14 +72,18 @@ def make_bands(
 def intrusion_rate(mixed: Mixed, x: Any, y: Any, radius: float) -> Tensor:
     """Return the share of mixed points that land on real examples of a class that was not mixed in.
 
-    A mixed point intrudes when its nearest real example is closer than the radius and has neither of its two labels. A
-    pair from one class can intrude too: its label is pure, and wrong.
+    A mixed point intrudes when its nearest real example is no further than the radius and has neither of its two
+    labels. A pair from one class can intrude too: its label is pure, and wrong. Points whose label is wrong in part
+    only, such as an even mixture that lands on one of its own two classes, are not counted.
 
     Args:
         mixed: from `mixup`, with integer labels.
         x: real examples (n, ...).
         y: their labels (n,).
         radius: how close counts as landing on an example; a typical distance between neighbours of one class.
+
+    Returns:
+        A scalar in [0, 1].
 
     Raises:
         ValueError: shapes that do not fit, a radius not above 0.
@@ -89,8 +95,7 @@ def intrusion_rate(mixed: Mixed, x: Any, y: Any, radius: float) -> Tensor:
     Paper: guo2019mixup
     Chapter: mixup/mixup-geometry
     """
-    if check_in_range(radius, "radius", low=0) == 0:
-        raise ValueError("expected a radius above 0, got 0")
+    check_in_range(radius, "radius", low=0, inclusive="neither")
     x = check_features(as_tensor(x).flatten(1), "x").to(mixed.x.device)
     labels = check_labels(y, len(x)).to(x.device)
     distances, indices = knn(mixed.x.detach().flatten(1).to(x), x, k=1)
@@ -100,7 +105,7 @@ def intrusion_rate(mixed: Mixed, x: Any, y: Any, radius: float) -> Tensor:
 
 
 class Paired(NamedTuple):
-    """What an `AdaMixUp` in training mode returns for a batch of pairs; rows that are real belong to the first samples.
+    """What an `AdaMixUp` in training mode returns for a batch of pairs; what is real is the first sample of each.
 
     Attributes:
         real: logits of the real examples (n, C).
@@ -143,15 +148,15 @@ class AdaMixUp(nn.Module):
 
     Args:
         model: the classifier.
-        in_features: size of an input, flattened.
+        in_shape: shape of an input: its size for vectors, such as (1, 28, 28) for images.
         hidden: width of the two hidden layers of policy and discriminator.
         min_width: of the interval of mixing weights. With 0, as published, the safest interval is a point, which is no
             mixing at all.
 
     Raises:
-        ValueError: a size below one, or min_width outside [0, 1].
+        ValueError: a size below one, min_width outside [0, 1]; in training mode, inputs that are not pairs.
 
-    >>> ada = AdaMixUp(MLP((2, 8, 2)), in_features=2).eval()
+    >>> ada = AdaMixUp(MLP((2, 8, 2)), in_shape=2).eval()
     >>> ada(torch.zeros(5, 2)).shape
     torch.Size([5, 2])
 
@@ -159,38 +164,47 @@ class AdaMixUp(nn.Module):
     Chapter: mixup/mixup-geometry
     """
 
-    def __init__(self, model: nn.Module, in_features: int, *, hidden: int = 64, min_width: float = 0.0):
+    def __init__(self, model: nn.Module, in_shape: int | Sequence[int], *, hidden: int = 64, min_width: float = 0.0):
         super().__init__()
         self.model = model
         self.min_width = check_in_range(min_width, "min_width", low=0, high=1)
-        self.policy = MLP((2 * check_positive_int(in_features, "in_features"), hidden, hidden, 3))
-        self.discriminator = MLP((in_features, hidden, hidden, 1))
+        sizes = in_shape if isinstance(in_shape, Sequence) else (in_shape,)
+        self.in_shape = tuple(check_positive_int(size, "in_shape") for size in sizes)
+        size = math.prod(self.in_shape)
+        self.policy = MLP((2 * size, hidden, hidden, 3))
+        self.discriminator = MLP((size, hidden, hidden, 1))
 
     def interval(self, x_a: Tensor, x_b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lower end and the width of the interval of mixing weights for each pair, (n,) each."""
         parts = self.policy(torch.cat([x_a.flatten(1), x_b.flatten(1)], 1)).softmax(1)
-        width = (1 - self.min_width) * parts[:, 1] + self.min_width
-        return parts[:, 0] * (1 - width) / (1 - parts[:, 1]).clamp(min=1e-6), width
+        room = 1 - self.min_width
+        return room * parts[:, 0], self.min_width + room * parts[:, 1]
 
     def forward(self, x: Tensor) -> Any:
         """Return logits (n, C) for inputs in eval mode, a `Paired` for the pairs of `pair_up` in training mode."""
         return self.pairs(x) if self.training else self.model(x)
 
     def pairs(self, packed: Tensor) -> Paired:
-        """Return everything `adamixup_loss` needs for packed pairs (n, 2 d + 1)."""
-        d = (packed.shape[1] - 1) // 2
+        """Return everything `adamixup_loss` needs for packed pairs (n, 2 d + 1), with d numbers per input."""
+        d = math.prod(self.in_shape)
+        if packed.dim() != 2 or packed.shape[1] != 2 * d + 1:
+            raise ValueError(
+                f"expected pairs (n, {2 * d + 1}) from pair_up for inputs {self.in_shape}, got {tuple(packed.shape)}; "
+                "call eval() to classify single inputs"
+            )
         x_a, x_b, u = packed[:, :d], packed[:, d:-1], packed[:, -1]
         lower, width = self.interval(x_a, x_b)
         lam = lower + u * width
-        x = lam[:, None] * x_a + (1 - lam)[:, None] * x_b
+        flat = lam[:, None] * x_a + (1 - lam)[:, None] * x_b
+        real, x = x_a.unflatten(1, self.in_shape), flat.unflatten(1, self.in_shape)
         return Paired(
-            real=self.model(x_a),
+            real=self.model(real),
             mixed=self.model(x.detach()),
             through=_frozen(self.model, x),
             lam=lam,
             found_real=self.discriminator(x_a)[:, 0],
-            found_mixed=self.discriminator(x.detach())[:, 0],
-            fooled=_frozen(self.discriminator, x)[:, 0],
+            found_mixed=self.discriminator(flat.detach())[:, 0],
+            fooled=_frozen(self.discriminator, flat)[:, 0],
             x=x,
         )
 
@@ -215,8 +229,9 @@ def pair_up(x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> t
     Paper: guo2019mixup
     Chapter: mixup/mixup-geometry
     """
-    partner = torch.randperm(len(x), generator=generator).to(x.device)
-    u = torch.rand(len(x), 1, generator=generator).to(x)
+    home = "cpu" if generator is None else generator.device
+    partner = torch.randperm(len(x), generator=generator, device=home).to(x.device)
+    u = torch.rand(len(x), 1, generator=generator, device=home).to(x)
     flat = x.flatten(1)
     return torch.cat([flat, flat[partner], u], 1), (y, y[partner])
 
@@ -236,13 +251,16 @@ def adamixup_loss(
         discriminate: leave the discriminator out of the policy's objective with False (an ablation).
         fit: leave the classifier's loss out of it with False (another).
 
-    Paper: guo2019mixup
-    Chapter: mixup/mixup-geometry
+    Returns:
+        A scalar.
 
-    >>> ada = AdaMixUp(MLP((2, 8, 2)), in_features=2)
+    >>> ada = AdaMixUp(MLP((2, 8, 2)), in_shape=2)
     >>> packed, labels = pair_up(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))
     >>> adamixup_loss(ada(packed), labels).shape
     torch.Size([])
+
+    Paper: guo2019mixup
+    Chapter: mixup/mixup-geometry
     """
     y_a, y_b = labels
 

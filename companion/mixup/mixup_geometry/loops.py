@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from companion.checks import (
-    check_generator,
-    check_in_range,
-)
+from companion.checks import check_generator, check_in_range
 from companion.mixing import Mixed, mixup
 
 __all__ = ["MixupCollate", "manifold_mixup"]
@@ -21,11 +18,18 @@ __all__ = ["MixupCollate", "manifold_mixup"]
 class MixupCollate:
     """A collate function for a `DataLoader` that mixes every batch as it is put together.
 
+    A worker process has a copy of the generator, the same in every worker and every epoch. So in a worker the copy is
+    seeded anew, from its own seed and the one that the `DataLoader` gives the worker; with `DataLoader(generator=...)`
+    a run can then be repeated.
+
     Args:
         alpha: of the Beta distribution.
         per_sample: one lam per sample.
         generator: None uses torch's default generator, which a `DataLoader` seeds per worker.
         collate: what stacks samples; default torch's.
+
+    Raises:
+        ValueError: alpha below 0; when called, samples that are no pairs (x, y).
 
     >>> from torch.utils.data import DataLoader, TensorDataset
     >>> data = TensorDataset(torch.ones(5, 3), torch.arange(5))
@@ -46,11 +50,22 @@ class MixupCollate:
         self.alpha = check_in_range(alpha, "alpha", low=0)
         self.per_sample, self.generator = per_sample, generator
         self.collate = collate or torch.utils.data.default_collate
+        self._worker_seed: int | None = None
 
     def __call__(self, samples: Sequence[Any]) -> Mixed:
         """Return a `Mixed` for a list of samples (x, y)."""
-        x, y = self.collate(samples)
-        return mixup(x, y, self.alpha, per_sample=self.per_sample, generator=self.generator)
+        batch = self.collate(samples)
+        if not isinstance(batch, Sequence) or len(batch) != 2:
+            raise ValueError(f"expected samples (x, y), got batches of type {type(batch).__name__}")
+        self._seed_in_worker()
+        return mixup(*batch, self.alpha, per_sample=self.per_sample, generator=self.generator)
+
+    def _seed_in_worker(self) -> None:
+        worker = torch.utils.data.get_worker_info()
+        if worker is None or self.generator is None or self._worker_seed == worker.seed:
+            return
+        seed = (self.generator.initial_seed() * 6_364_136_223_846_793_005 + worker.seed) % 2**63
+        self.generator, self._worker_seed = torch.Generator().manual_seed(seed), worker.seed
 
 
 def manifold_mixup(

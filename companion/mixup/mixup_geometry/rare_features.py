@@ -134,8 +134,9 @@ def mix_apart(x: Tensor, y: Tensor, lam_x: float, lam_y: float, generator: torch
     """
     check_in_range(lam_x, "lam_x", low=0, high=1)
     check_in_range(lam_y, "lam_y", low=0, high=1)
-    partner = torch.randperm(len(x), generator=generator).to(x.device)
-    return Mixed(torch.lerp(x[partner], x, lam_x), y, y[partner], torch.tensor(lam_y, device=x.device))
+    home = "cpu" if generator is None else generator.device
+    partner = torch.randperm(len(x), generator=generator, device=home).to(x.device)
+    return Mixed(torch.lerp(x[partner], x, lam_x), y, y[partner.to(y.device)], torch.tensor(lam_y, device=x.device))
 
 
 class EarlyStoppedMixup:
@@ -145,6 +146,7 @@ class EarlyStoppedMixup:
         stop_at: how many steps to mix; 0 never mixes, None always does.
         mix: `(x, y, generator) -> Mixed`; default `mixup` with `alpha`.
         alpha: of the default.
+        n_models: how many models `fit_many` trains at once: with `per_model` it is called once for each in every step.
 
     >>> early = EarlyStoppedMixup(stop_at=1)
     >>> _ = early(torch.ones(2, 3), torch.tensor([0, 1]))
@@ -161,16 +163,17 @@ class EarlyStoppedMixup:
         mix: Callable[[Tensor, Tensor, torch.Generator | None], Mixed] | None = None,
         *,
         alpha: float = 1.0,
+        n_models: int = 1,
     ):
         if stop_at is not None:
             check_positive_int(stop_at, "stop_at", minimum=0)
-        self.stop_at, self.step = stop_at, 0
+        self.stop_at, self.n_models, self.calls = stop_at, check_positive_int(n_models, "n_models"), 0
         self.mix = mix or (lambda x, y, generator: mixup(x, y, alpha, generator=generator))
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Mixed]:
-        """Return the inputs to train on and the `Mixed` for `mixup_loss`; counts as one step."""
-        self.step += 1
-        if self.stop_at is None or self.step <= self.stop_at:
+        """Return the inputs to train on and the `Mixed` for `mixup_loss`; counts as one call."""
+        self.calls += 1
+        if self.stop_at is None or self.calls <= self.stop_at * self.n_models:
             mixed = self.mix(x, y, generator)
         else:
             mixed = Mixed(x, y, y, torch.tensor(1.0, device=x.device))
