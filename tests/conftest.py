@@ -1,6 +1,7 @@
 """Shared by all tests: the device fixture, one thread, and headless pictures."""
 
 import os
+from collections import Counter
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -21,3 +22,10 @@ def device(request):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Each reason for a skip once, with its count: hundreds of cuda tests share one."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")

@@ -31,6 +31,7 @@ SMALL = [
 ALL = [TwoNN, MLE, LocalPCA, CorrelationDimension, DimensionEnsemble]
 
 
+@pytest.mark.filterwarnings("ignore:expected distinct points:UserWarning")  # one check repeats rows
 @parametrize_with_checks(SMALL)
 def test_scikit_learn_contract(estimator, check):
     check(estimator)

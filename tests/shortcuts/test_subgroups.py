@@ -131,6 +131,7 @@ def test_metrics_merge_exactly(make, generator):
         assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric MacroStd:UserWarning")  # asked for on purpose
 def test_metrics_are_cloned_reset_and_forwarded(generator):
     p, y, g = sample(generator)
     metric = MacroStd(4, 3)
