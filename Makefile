@@ -70,5 +70,5 @@ bench: $(READY) ## side by side with the libraries people would otherwise pick
 
 clean: ## everything made, the environment included
 	rm -rf .venv _build .pytest_cache .ruff_cache *.egg-info
-	rm -rf book/reference/api book/reference/papers.md book/reference/claims.md book/reference/bibliography.md
+	rm -rf book/reference/api book/reference/papers.md book/reference/claims.md book/reference/bibliography.md book/reference/references.bib
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

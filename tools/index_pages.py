@@ -404,10 +404,29 @@ def claims_page(root: Path, known: dict[str, dict], rows: list[dict], claims: li
     write(root / "book/reference/claims.md", "".join(page))
 
 
+def bibtex(row: dict) -> str:
+    """One paper as a BibTeX entry, with the fields that the register could confirm and its key of the register."""
+    fields = {
+        "title": f"{{{row['title']}}}",  # a second pair of braces keeps its capitals
+        "author": " and ".join(row.get("authors") or []),
+        "year": row.get("year"),
+        "note": row.get("venue"),
+        "url": row.get("url"),
+    }
+    plain = {name: str(value) for name, value in fields.items() if value}
+    for name in plain.keys() - {"url"}:
+        plain[name] = re.sub(r"([&%#_$])", r"\\\1", plain[name]).replace("^", r"\^{}")
+    return f"@misc{{{row['key']},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in plain.items()) + "}\n"
+
+
 def bibliography(root: Path, rows: list[dict]) -> None:
-    """All papers by first author."""
+    """All papers by first author, and the same as a file for BibTeX."""
+    write(
+        root / "book/reference/references.bib", "\n".join(bibtex(row) for row in sorted(rows, key=lambda r: r["key"]))
+    )
     page = [MADE, "# Bibliography\n\n", f"The {len(rows)} papers of the register by first author. "]
-    page.append("A field that could not be confirmed is left out. The ideas stand in the [paper index](papers.md).\n\n")
+    page.append("A field that could not be confirmed is left out. The ideas stand in the [paper index](papers.md). ")
+    page.append("For your own bibliography: {download}`all of them as BibTeX <references.bib>`.\n\n")
     for row in sorted(rows, key=lambda r: (r["label"].lower(), r["title"].lower())):
         title = f"[{escape(row['title'])}]({row['url']})" if row["url"] else escape(row["title"])
         page.append(f"- **{escape(row['label'])}.** {title}. {reference_line(row)}.\n")
