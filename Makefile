@@ -18,7 +18,7 @@ export MPLBACKEND ?= agg
 export COMPANION_PROGRESS ?= 0
 export PYTHONHASHSEED ?= 0
 
-.PHONY: help env book serve test check lint unit notebooks notebooks-test site-test test-full new-chapter bench clean
+.PHONY: help env book serve test check lint unit notebooks notebooks-test site-test test-full students new-chapter bench clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | column -t -s "$$(printf '\t')"
@@ -61,6 +61,9 @@ site-test: book ## links, pages and browser
 test-full: test ## the slow matrix too
 	$(PY) -m pytest -q -n $(WORKERS) -m slow tests
 	COMPANION_SEED=7 $(MAKE) notebooks-test
+
+students: $(READY) ## the chapters without their solutions, to hand out
+	$(PY) tools/students.py
 
 new-chapter: $(READY) ## theme=... name=...: text, module, test and register file
 	$(PY) tools/new_chapter.py "$(theme)" "$(name)"
