@@ -8,7 +8,6 @@ LeVeque. Nothing is ever computed as E[x^2] - E[x]^2, so a mean of 1e4 beside a 
 batches, `merge_state` and processes under `torchrun` all merge by the same formula.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ __all__ = [
     "shrunk_covariance",
 ]
 
-_ROWS = 8192  # rows per product: short sums in the input's dtype, the long ones in float64
+_ROWS = 4096  # rows per product: short sums in the input's dtype, the long ones in float64; a block stays in the cache
 
 
 class MeanCovariance(NamedTuple):
@@ -52,11 +51,12 @@ class _Layout(NamedTuple):
     classes: int
     dim: int
     scatter: tuple[int, ...]
+    kind: str | None  # the shape does not tell: with as many classes as dimensions (C, d) and (d, d) are the same
 
     @classmethod
     def of(cls, classes: int, dim: int, covariance: str | None) -> "_Layout":
         shapes = {None: (0,), "full": (classes, dim, dim), "diagonal": (classes, dim), "pooled": (dim, dim)}
-        return cls(classes, dim, shapes[covariance])
+        return cls(classes, dim, shapes[covariance], covariance)
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.classes * (1 + self.dim) + torch.Size(self.scatter).numel(), dtype=dtype)
@@ -85,9 +85,9 @@ def _merge_into(state: Tensor, part: tuple[Tensor, Tensor, Tensor], layout: _Lay
     weight = count * part_count / total
     if scatter.numel():
         scatter += part_scatter
-        if layout.scatter == (layout.classes, layout.dim):
+        if layout.kind == "diagonal":
             scatter += weight[:, None] * delta.square()
-        elif len(layout.scatter) == 2:
+        elif layout.kind == "pooled":
             scatter += (weight[:, None] * delta).T @ delta
         else:
             for c in weight.nonzero().squeeze(1).tolist():  # one at a time: no second (C, d, d)
@@ -101,9 +101,16 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def _scatter_of(centered: Tensor, like: Tensor) -> Tensor:
-    rows = centered.to(_product_dtype(like))
-    return (rows.T @ rows).to(centered.dtype)
+def _centered_rows(rows: Tensor, mean: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return centred rows, in the dtype of products, and what rounding took off their means, in the dtype of mean."""
+    rows = rows.to(_product_dtype(rows))
+    rounded = mean.to(rows.dtype)
+    return rows - (rounded if y is None else rounded.index_select(0, y)), mean - rounded
+
+
+def _corrected(centered: Tensor, rest: Tensor, count: Tensor) -> Tensor:
+    r"""Return the scatter around the exact means, $G - \sum_c n_c \delta_c\delta_c^\top$, of rows centred at rounded ones."""
+    return (centered.T @ centered).to(rest.dtype) - (count[:, None] * rest).T @ rest
 
 
 def _batch_moments(x: Tensor, y: Tensor, layout: _Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,16 +123,17 @@ def _batch_moments(x: Tensor, y: Tensor, layout: _Layout, dtype: torch.dtype) ->
     scatter = torch.zeros(layout.scatter, dtype=dtype, device=x.device)
     if scatter.numel() == 0:
         return count, mean, scatter
-    centered = wide - mean[y]
-    if layout.scatter == (layout.classes, layout.dim):
-        scatter.index_add_(0, y, centered.square())
-    elif len(layout.scatter) == 2:
-        scatter = _scatter_of(centered, x)
+    if layout.kind == "diagonal":
+        scatter.index_add_(0, y, (wide - mean[y]).square())
+        return count, mean, scatter
+    centered, rest = _centered_rows(x, mean, y)
+    if layout.kind == "pooled":
+        scatter = _corrected(centered, rest, count)
     else:
         sizes = count.long().tolist()
         for c, rows in enumerate(centered[y.argsort()].split(sizes)):
             if len(rows):
-                scatter[c] = _scatter_of(rows, x)
+                scatter[c] = _corrected(rows, rest[c : c + 1], count[c : c + 1])
     return count, mean, scatter
 
 
@@ -275,18 +283,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _centered(x: Tensor, assume_centered: bool) -> Iterator[Tensor]:
-    mean = 0 if assume_centered else sum(rows.to(_wide(x)).sum(0) for rows in x.split(_ROWS)) / len(x)
-    return (rows.to(_wide(x)) - mean for rows in x.split(_ROWS))
-
-
 def _empirical(x: Any, assume_centered: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return features as a tensor, their covariance, and the mean fourth power of the centred rows' lengths."""
     x = check_features(x, min_samples=1 if assume_centered else 2)
+    mean = torch.zeros(x.shape[1], dtype=_wide(x), device=x.device)
+    if not assume_centered:
+        mean = sum((rows.to(mean.dtype).sum(0) for rows in x.split(_ROWS)), mean) / len(x)
     covariance, fourth = 0, 0
-    for rows in _centered(x, assume_centered):
-        covariance = covariance + _scatter_of(rows, x)
-        fourth = fourth + rows.square().sum(1).square().sum()
+    for rows in x.split(_ROWS):
+        centered, rest = _centered_rows(rows, mean)
+        covariance = covariance + _corrected(centered, rest[None], mean.new_tensor([len(rows)]))
+        fourth = fourth + centered.square().sum(1).to(mean.dtype).square().sum()
     return x, covariance / len(x), fourth / len(x)
 
 

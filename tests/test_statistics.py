@@ -74,6 +74,19 @@ def test_class_moments_equal_two_passes(device, kind, correction):
         torch.testing.assert_close(found.covariance.cpu(), covariance, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", ["full", "diagonal", "pooled"])
+def test_as_many_classes_as_dimensions(device, kind):
+    """(C, d) and (d, d) are one shape then: the kind decides, in the batch and in the merge."""
+    g = torch.Generator().manual_seed(3)
+    y = torch.arange(300) % 4
+    x = 3 * y[:, None] + torch.randn(300, 4, generator=g, dtype=torch.float64).cumsum(1)
+    moments = ClassMoments(4, 4, kind).to(device)
+    for rows, labels in zip(x.to(device).split(70), y.to(device).split(70), strict=True):
+        moments.update(rows, labels)
+    _, covariance = two_pass(x, y, kind, classes=4)
+    torch.testing.assert_close(moments.compute().covariance.cpu(), covariance, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("accumulators", [torch.float32, torch.float64])
 def test_far_from_zero_in_float32(device, accumulators):
     """Mean 1e4 and variance 1: E[x^2] - E[x]^2 in float32 would be off by units."""
