@@ -6,6 +6,9 @@ The search is a matrix product in float32, and yet the result is that of float64
 from the product, their distances are computed again from differences in float64, and a bound on the rounding errors
 says for every row whether a neighbour can be missing from its list. Rows where it can (ties, far clusters, very
 dense data) are searched again in float64, then with longer lists.
+
+A set searched within itself has every distance twice. Where memory allows, each is computed once, and the smallest of
+each group of rows are kept for both rows; the few groups that can hold a neighbour are then looked into.
 """
 
 import math
@@ -20,8 +23,13 @@ from companion.checks import check_features, check_positive_int
 __all__ = ["Neighbors", "knn"]
 
 _GROUP = 16  # columns per group; see _smallest
-_SPARE = 4  # candidates beyond k, so that rounding seldom decides
+_SPARE = 2  # candidates beyond k, so that rounding seldom decides
 _COLUMNS = 16384  # database rows per block
+_TILE = 2048  # database rows per matrix product: what it writes is read again while it is in the cache
+_BATCH = 256  # queries per matrix product on a CPU, for the same reason
+_CACHED = 2**18  # entries that stay in the cache
+_SQUARE = 1024  # rows and columns of a block that serves as its own mirror image
+_PAYS = 600  # rows per group to look into from which half the products saved are worth the looking
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "b": 1}
 
 
@@ -89,18 +97,27 @@ def _smallest(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k smallest values of each row and their columns, in ascending order.
 
     A value among the k smallest lies in a group whose minimum is among the k smallest minima, so only those groups
-    are looked into. Groups are strided, because the minimum over a strided axis runs at the speed of memory.
+    are looked into. Groups are strided, because the minimum over a strided axis runs at the speed of memory. The
+    smallest minima are found in the same way; smaller groups serve a larger share of columns asked for.
     """
     rows, columns = block.shape
-    groups = columns // _GROUP
-    if groups <= 2 * k:
+    size = _GROUP if columns >= 64 * k else 4
+    groups = columns // size
+    if groups <= 2 * k or columns % size:
         return block.topk(k, dim=1, largest=False, sorted=True)
-    grouped = block.view(rows, _GROUP, groups)
-    chosen = grouped.amin(1).topk(k, dim=1, largest=False, sorted=False).indices  # (rows, k)
-    inside = chosen[:, None, :] + groups * torch.arange(_GROUP, device=block.device)[None, :, None]
-    inside = inside.flatten(1)  # (rows, 16 k): the columns of the chosen groups
+    inside = _members(_smallest(block.view(rows, size, groups).amin(1), k)[1], groups, size)
     values, place = block.gather(1, inside).topk(k, dim=1, largest=False, sorted=True)
     return values, inside.gather(1, place)
+
+
+def _members(chosen: Tensor, stride: int, size: int = _GROUP) -> Tensor:
+    """Return the columns of the chosen groups, (rows, c) to (rows, size c).
+
+    Group t stride + u, where u < stride, holds the columns (size t + s) stride + u for s in 0..size - 1: the groups
+    of a tile of size * stride columns come before those of the next.
+    """
+    first = chosen + (size - 1) * stride * chosen.div(stride, rounding_mode="floor")
+    return (first[:, None, :] + stride * torch.arange(size, device=chosen.device)[None, :, None]).flatten(1)
 
 
 class _Search:
@@ -110,13 +127,15 @@ class _Search:
         self.excludes_self = y is None
         self.available = len(self.y) - self.excludes_self
         self.wide = torch.float32 if x.device.type == "mps" else torch.float64
+        self.on_cpu = x.device.type == "cpu"
         size = x.shape[1] * 4 * 8  # a prepared database row, with its intermediate copies
         most = max(64, min(_COLUMNS, memory // (4 * size)))
         self.columns = min(len(self.y), most)
+        self.pass_rows = max(1, min(self.columns, _CACHED // x.shape[1])) if self.on_cpu else self.columns
         self.center = self._center()
         self.reach = self._reach(self.y)
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.kept_dtype: torch.dtype | None = None
+        self.kept: tuple[Tensor, Tensor] | None = None
+        self.buffer: Tensor | None = None
 
     def run(self) -> Neighbors:
         n, device = len(self.x), self.x.device
@@ -129,16 +148,18 @@ class _Search:
         )
         while len(pending):
             failed: list[Tensor] = []
-            hopeless = False
+            hopeless, minima = False, None
             for batch in self._batches(pending, dtype, length):
                 if hopeless:
                     failed.append(batch)
                     continue
-                distance, index, sure = self._nearest(batch, dtype, length)
+                distance, index, sure = self._nearest(batch, dtype, length, minima)
                 distances[batch], indices[batch] = distance.to(self.x.dtype), index
                 failed.append(batch[~sure])
                 # when float32 decides too few rows of a batch, trying it on the others would be wasted
                 hopeless = dtype != self.wide and 2 * len(failed[-1]) > len(batch)
+                if minima is None and not hopeless and self._mirrors(len(pending), dtype, length):
+                    minima = self._minima(dtype)
             pending = torch.cat(failed)
             if dtype == self.wide:
                 length = min(4 * length, self.available)
@@ -148,10 +169,10 @@ class _Search:
     def _batches(self, pending: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, ...]:
         size = torch.finfo(dtype).bits // 8
         row = self.columns * size * 5 // 4 + length * (_GROUP * (size + 16) + 64) + self.x.shape[1] * 32
-        if self.x.device.type != "cpu":
+        if not self.on_cpu:
             most = 8192
-        else:  # the product should stay in the cache, unless its database has to be prepared again for every batch
-            most = 256 if self._keeps(dtype) else 1024
+        else:  # unless the database has to be prepared again for every batch
+            most = _BATCH if self._keeps(dtype) else 4 * _BATCH
         return pending.split(max(1, min(most, self.memory // 2 // row)))
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -167,61 +188,92 @@ class _Search:
         return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
     def _center(self) -> Tensor:
-        total = sum(self._rows(rows).sum(0) for rows in self.y.split(self.columns))
+        total = sum(self._rows(rows).sum(0) for rows in self.y.split(self.pass_rows))
         return total / len(self.y)
 
     def _reach(self, x: Tensor) -> float:
         """Return the largest distance of a row of x from the centre."""
-        norms = (torch.linalg.vector_norm(self._rows(r) - self.center, dim=1).max() for r in x.split(self.columns))
+        norms = (torch.linalg.vector_norm(self._rows(r) - self.center, dim=1).max() for r in x.split(self.pass_rows))
         return max(float(norm) for norm in norms)
 
     def _first_dtype(self) -> torch.dtype:
-        largest = max(self.reach, float(torch.linalg.vector_norm(self.center)))
-        if self.x is not self.y:
-            largest = max(largest, self._reach(self.x))
+        largest = self.reach + float(torch.linalg.vector_norm(self.center))
+        if self.x is not self.y and self.metric != "cosine":
+            low, high = self.x.aminmax()
+            largest += max(float(high), -float(low)) * math.sqrt(self.x.shape[1])
         if largest > math.sqrt(torch.finfo(self.wide).max) / 8:
             raise ValueError(f"expected features whose squares do not overflow, got rows of length {largest:g}")
         return torch.float32 if largest < math.sqrt(torch.finfo(torch.float32).max) / 8 else self.wide
 
-    def _block(self, start: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        rows = self._rows(self.y[start : start + self.columns]) - self.center  # (c, d)
-        bias = torch.zeros_like(rows[:, 0]) if self.metric == "inner" else rows.square().sum(1)
-        return rows.to(dtype), bias.to(dtype)
+    def _block(self, part: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return rows of the database, centred, and the squares of their lengths (zeros for "inner")."""
+        rows, bias = part.new_empty(part.shape, dtype=dtype), part.new_zeros(len(part), dtype=dtype)
+        for into, square, piece in zip(*(t.split(self.pass_rows) for t in (rows, bias, part))):
+            centred = self._rows(piece) - self.center
+            into.copy_(centred)
+            if self.metric != "inner":
+                square.copy_(centred.square_().sum(1))
+        return rows, bias
 
-    def _nearest(self, batch: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _nearest(
+        self, batch: Tensor, dtype: torch.dtype, length: int, minima: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return distances and indices of the k nearest of some rows, and of which rows that is certain."""
         full = self._rows(self.x[batch])
-        values, indices = self._candidates(batch, full, dtype, length)
-        exact = self._exact(full, indices)
+        centred = full - self.center
+        if minima is None:
+            last, indices = self._candidates(batch, full if self.metric == "inner" else centred, dtype, length)
+        else:
+            last, indices = self._candidates_of_groups(batch, minima, dtype, length)
         # by index first, then stably by distance: ties go to the lower index
-        indices, order = indices.sort(dim=1)
-        exact, order = exact.gather(1, order).sort(dim=1, stable=True)
-        distance, index = exact[:, : self.k], indices.gather(1, order)[:, : self.k]
-        sure = self._is_certain(full, distance[:, -1], values[:, -1].to(self.wide), dtype)
+        indices = indices.sort(dim=1).values
+        distance, order = self._exact(full, indices).sort(dim=1, stable=True)
+        distance, index = distance[:, : self.k], indices.gather(1, order)[:, : self.k]
+        if self.metric == "inner":
+            last = last - full @ self.center
+        sure = self._is_certain(full if self.metric == "inner" else centred, distance[:, -1], last, dtype)
         if length == self.available:
             sure = torch.ones_like(sure)
-        if self.metric == "euclidean":
-            distance = distance.sqrt()
-        elif self.metric == "cosine":
-            distance = distance / 2
+        if self.metric == "cosine":
+            distance = distance.square() / 2
         return distance, index, sure
 
-    def _candidates(self, batch: Tensor, full: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
-        queries = (full if self.metric == "inner" else full - self.center).to(dtype)
+    def _candidates(self, batch: Tensor, queries: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
+        """Return what all others are at least away, (b,), squared, and the indices of the nearest by a matrix product.
+
+        With "inner" both are of products with centred rows of the database.
+        """
+        offset = 0 if self.metric == "inner" else queries.square().sum(1)
+        queries = queries.to(dtype)
         slope = -1 if self.metric == "inner" else -2
-        padded = math.ceil(self.columns / _GROUP) * _GROUP
-        buffer = queries.new_empty(len(batch), padded)
+        tile = _TILE if self.on_cpu and self.columns > _TILE else _GROUP * math.ceil(self.columns / _GROUP)
+        padded = tile * math.ceil(self.columns / tile)
+        if self.buffer is None or self.buffer.dtype != dtype or len(self.buffer) < len(batch):
+            self.buffer = queries.new_empty(len(batch), padded)
+        buffer = self.buffer[: len(batch)]
+        minima = queries.new_empty(len(batch), padded // _GROUP)
+        few = minima.shape[1] <= 2 * length  # so few groups that looking at everything is quicker
+        first, last = (int(batch[0]), int(batch[-1])) if self.excludes_self else (-1, -1)  # batches are ascending
         best: tuple[Tensor, Tensor] | None = None
         for start in range(0, len(self.y), self.columns):
             rows, bias = self._prepared(start, dtype)
-            width = len(rows)
-            if width < padded:
-                buffer[:, width:] = torch.inf
-            torch.addmm(bias, queries, rows.T, alpha=slope, out=buffer[:, :width])
-            if self.excludes_self:
-                inside = ((batch >= start) & (batch < start + width)).nonzero().squeeze(1)
-                buffer[inside, batch[inside] - start] = torch.inf
-            values, columns = _smallest(buffer, min(length, padded))
+            buffer[:, len(rows) :] = torch.inf
+            for left in range(0, padded, tile):
+                right = min(left + tile, len(rows))
+                if left < right:
+                    torch.addmm(bias[left:right], queries, rows[left:right].T, alpha=slope, out=buffer[:, left:right])
+                if first < start + right and last >= start + left:
+                    own = ((batch >= start + left) & (batch < start + right)).nonzero().squeeze(1)
+                    buffer[own, batch[own] - start] = torch.inf
+                if not few:
+                    groups = buffer[:, left : left + tile].view(len(batch), _GROUP, -1)
+                    torch.amin(groups, 1, out=minima[:, left // _GROUP : (left + tile) // _GROUP])
+            if few:
+                values, columns = buffer.topk(min(length, padded), dim=1, largest=False, sorted=True)
+            else:
+                inside = _members(_smallest(minima, length)[1], tile // _GROUP)
+                values, place = _smallest(buffer.gather(1, inside), length)
+                columns = inside.gather(1, place)
             found = values, columns + start
             if best is not None:
                 values, place = torch.cat([best[0], found[0]], 1).topk(
@@ -229,35 +281,84 @@ class _Search:
                 )
                 found = values, torch.cat([best[1], found[1]], 1).gather(1, place)
             best = found
-        return best
+        return best[0][:, -1].to(self.wide) + offset, best[1]
+
+    def _mirrors(self, n: int, dtype: torch.dtype, length: int) -> bool:
+        """Say whether the distances of a set to itself are worth computing once for both rows they belong to."""
+        can = self.excludes_self and self.on_cpu and self.metric != "inner" and n == len(self.y)
+        fits = n * n * 4 // _GROUP <= self.memory // 2 and self._keeps(dtype)
+        return can and fits and n >= max(4 * _SQUARE, _PAYS * length)
+
+    def _minima(self, dtype: torch.dtype) -> Tensor:
+        """Return the smallest squared distance of each row to each group of rows, from half of the products."""
+        side, groups = _SQUARE, _SQUARE // _GROUP
+        rows, norms = (whole.split(side) for whole in self._whole(dtype))
+        minima = rows[0].new_full((len(self.y), len(rows) * groups), torch.inf)
+        block = rows[0].new_full((side, side), torch.inf)
+        for i in range(len(rows)):
+            for j in range(i, len(rows)):
+                height, width = len(rows[i]), len(rows[j])
+                block[:, width:] = torch.inf
+                part = block[:height, :width]
+                torch.addmm(norms[j], rows[i], rows[j].T, alpha=-2, out=part).add_(norms[i][:, None])
+                if i == j:
+                    block.fill_diagonal_(torch.inf)
+                here, there = slice(i * side, i * side + height), slice(j * side, j * side + width)
+                mine, theirs = slice(j * groups, (j + 1) * groups), slice(i * groups, (i + 1) * groups)
+                torch.amin(block[:height].view(height, _GROUP, groups), 1, out=minima[here, mine])
+                if i != j:
+                    minima[there, theirs] = block.view(_GROUP, groups, side).amin(0).T[:width]
+        return minima
+
+    def _candidates_of_groups(
+        self, batch: Tensor, minima: Tensor, dtype: torch.dtype, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same as `_candidates`, from the smallest distance of each row to each group."""
+        values, chosen = _smallest(minima[batch], length)
+        inside = _members(chosen[:, :-1], _SQUARE // _GROUP)
+        columns = inside.clamp(max=len(self.y) - 1)
+        rows, _ = self._whole(dtype)
+        near = torch.empty_like(inside, dtype=dtype)
+        step = max(4, _CACHED // (columns.shape[1] * rows.shape[1]))
+        for into, own, index in zip(*(t.split(step) for t in (near, batch, columns))):
+            others = rows.index_select(0, index.flatten()).view(*index.shape, -1)
+            torch.sum(others.sub_(rows[own][:, None]).square_(), 2, out=into)
+        near[(inside != columns) | (inside == batch[:, None])] = torch.inf
+        nearest, place = _smallest(near, length)
+        return torch.minimum(nearest[:, -1], values[:, -1]).to(self.wide), columns.gather(1, place)
 
     def _prepared(self, start: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        here = slice(start, start + self.columns)
         if not self._keeps(dtype):
-            return self._block(start, dtype)
-        if self.kept_dtype != dtype:
-            self.kept, self.kept_dtype = {}, dtype
-        if start not in self.kept:
-            self.kept[start] = self._block(start, dtype)
-        return self.kept[start]
+            return self._block(self.y[here], dtype)
+        rows, bias = self._whole(dtype)
+        return rows[here], bias[here]
+
+    def _whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.kept is None or self.kept[0].dtype != dtype:
+            self.kept = self._block(self.y, dtype)
+        return self.kept
 
     def _keeps(self, dtype: torch.dtype) -> bool:
         """Say whether the prepared database fits into memory as a whole."""
         return self.y.numel() * torch.finfo(dtype).bits // 8 <= self.memory // 4
 
     def _exact(self, full: Tensor, indices: Tensor) -> Tensor:
-        """Return squared distances (or minus the inner products) of candidates in full precision."""
+        """Return distances (or minus the inner products) of candidates in full precision."""
         pairs = indices.shape[1] * full.shape[1] * 8 * 4
         step = max(1, self.memory // 4 // pairs)
+        if self.on_cpu:
+            step = min(step, max(4, _CACHED // (indices.shape[1] * full.shape[1])))
         parts = []
         for rows, index in zip(full.split(step), indices.split(step)):
-            others = self._rows(self.y[index])  # (r, length, d)
+            others = self._rows(self.y.index_select(0, index.flatten())).view(*index.shape, -1)  # (r, length, d)
             if self.metric == "inner":
                 parts.append(-(others @ rows[:, :, None]).squeeze(2))
             else:
-                parts.append(others.sub_(rows[:, None]).square_().sum(2))
+                parts.append(torch.linalg.vector_norm(others.sub_(rows[:, None]), dim=2))
         return torch.cat(parts)
 
-    def _is_certain(self, full: Tensor, kth: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
+    def _is_certain(self, queries: Tensor, kth: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
         """Say for which rows no neighbour can have been missed.
 
         Whatever is not among the candidates has a computed value of at least `last`, so its true value is at least
@@ -265,17 +366,21 @@ class _Search:
         than r, which bounds their norm and hence the error, whatever outliers the database has.
         """
         finfo = torch.finfo(dtype)
-        d = full.shape[1]
+        d = queries.shape[1]
         unit = finfo.eps * (4 + 2 * math.sqrt(d))
-        if full.device.type == "cuda" and dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        if (
+            queries.device.type == "cuda"
+            and dtype == torch.float32
+            and torch.get_float32_matmul_precision() != "highest"
+        ):
             unit = 2.0**-7  # TensorFloat32 and bfloat16 products, which the reader's settings allow
+        norm = torch.linalg.vector_norm(queries, dim=1)
         if self.metric == "inner":
-            offset = -(full @ self.center)
-            error = unit * torch.linalg.vector_norm(full, dim=1) * self.reach
+            value, offset = kth, norm * torch.linalg.vector_norm(self.center)
+            error = unit * norm * self.reach
         else:
-            norm = torch.linalg.vector_norm(full - self.center, dim=1)
-            offset = norm.square()
-            error = unit * (norm.square() + (norm + 2 * kth.clamp_min(0).sqrt()).square())
+            value, offset = kth.square(), norm.square()
+            error = unit * (offset + (norm + 2 * kth).square())
         # the candidates' own rounding and underflow
-        error = error + finfo.tiny * d + torch.finfo(self.wide).eps * (4 + 2 * math.sqrt(d)) * offset.abs()
-        return kth + error < last + offset
+        error = error + finfo.tiny * d + torch.finfo(self.wide).eps * (4 + 2 * math.sqrt(d)) * offset
+        return value + error < last

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from companion.neighbors import _smallest, knn
+from companion.neighbors import _members, _Search, _smallest, knn
 
 METRICS = ["euclidean", "cosine", "inner"]
 
@@ -165,6 +165,57 @@ def test_the_smallest_of_each_row_are_found_by_groups(device):
     assert torch.equal(columns, expected.indices[:, :5])
 
 
+def test_members_of_groups_are_the_columns_a_minimum_was_taken_over():
+    stride, size, tiles = 5, 16, 3
+    column = torch.arange(tiles * size * stride)
+    groups = column.view(tiles, size, stride).permute(0, 2, 1).reshape(-1, size)  # as the search takes its minima
+    assert torch.equal(_members(torch.arange(tiles * stride)[:, None], stride, size), groups)
+
+
+def in_blocks(x, k, metric):
+    """Brute force without self, a few rows at a time."""
+    parts = []
+    for rows in torch.arange(len(x)).split(500):
+        distance = distances_by_definition(x[rows], x, metric)
+        distance[torch.arange(len(rows)), rows] = torch.inf
+        distance, index = distance.sort(dim=1, stable=True)
+        parts.append((distance[:, :k], index[:, :k]))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+@pytest.fixture
+def mirrored(monkeypatch):
+    """Notes whether a search took half of the products and mirrored them, which it does from 4096 rows on."""
+    calls, minima = [], _Search._minima
+    monkeypatch.setattr(_Search, "_minima", lambda self, dtype: calls.append(dtype) or minima(self, dtype))
+    return calls
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_mirrored_products_change_nothing(mirrored, metric):
+    x = draw(4500, 6)  # no multiple of the block
+    x[100:103] = x[4000]  # copies in other blocks
+    x[4499] = 1e3  # an outlier in the last, smaller block
+    distance, index = in_blocks(x, 3, metric)
+    found = knn(x, k=3, metric=metric)
+    assert mirrored == [torch.float32]
+    assert torch.equal(found.indices, index)
+    torch.testing.assert_close(found.distances.double(), distance, rtol=1e-6, atol=1e-6)
+    assert torch.equal(knn(x, k=3, metric=metric, memory="5MB").indices, index)
+    assert len(mirrored) == 1, "there was no room for the minima of all pairs"
+
+
+def test_mirrored_products_are_searched_again_where_rounding_decides(mirrored):
+    x = draw(4200, 4, dtype=torch.float64)
+    x[:3000] *= 1e3
+    x[3000:] = 500 + 1e-3 * x[3000:]  # dense and far from the centre
+    distance, index = in_blocks(x, 2, "euclidean")
+    found = knn(x, k=2)
+    assert mirrored == [torch.float32]
+    assert torch.equal(found.indices, index)
+    torch.testing.assert_close(found.distances, distance, rtol=1e-9, atol=0)
+
+
 class Largest(TorchDispatchMode):
     """Notes the bytes of the largest tensor any operation returns."""
 
@@ -186,6 +237,9 @@ def test_memory_stays_bounded(device, metric):
     with Largest() as largest:
         knn(x[:3000], x, k=5, metric=metric, memory="2MB")
     assert largest.bytes <= 1_000_000  # the whole matrix would be 240 MB
+    with Largest() as largest:
+        knn(x[:5000], k=1, metric=metric, memory="16MB")
+    assert largest.bytes <= 8_000_000
     x = torch.ones(2000, 4, device=device)  # all tied: the lists have to grow to everything
     with Largest() as largest:
         knn(x[:20], x, k=3, metric=metric, memory="2MB")
