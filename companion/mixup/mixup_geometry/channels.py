@@ -96,9 +96,9 @@ def channel_curve(lam: Any, n_classes: int, weight_decay: float) -> Tensor:
     $\kappa = \frac{C}{(C-1)\mu}$. For small $\mu$ the coordinates across and along the boundary are then
 
     $$ x = \sqrt{\tfrac{C-1}{2C}}\,\log\tfrac{\lambda}{1-\lambda}, \qquad
-       y = \tfrac{\sqrt{2(C-1)(C-2)}}{C}\,W\!\Big(\tfrac{\kappa C}{2}\sqrt{\lambda(1-\lambda)}\Big), $$
+       y = \tfrac{\sqrt{2(C-1)(C-2)}}{C}\,\omega\Big(\tfrac{\kappa C}{2}\sqrt{\lambda(1-\lambda)}\Big), $$
 
-    with Lambert's $W$, which solves $We^W = $ its argument and grows like a logarithm. `mixup_ufm_features` gives the
+    with Lambert's function: $\omega(s)$ solves $\omega e^\omega = s$ and grows like a logarithm. `mixup_ufm_features` gives the
     exact minimum, at the ends of the curve too.
 
     Args:

@@ -49,7 +49,7 @@ def make_feature_noise(
         n: samples, half of each class.
         dim: of a patch, at least 5.
         n_patches: at least 2.
-        rare: share of samples that carry the rare feature.
+        rare: share of the samples of each class that carry its rare feature.
         noise: standard deviation of each noise coordinate.
         generator: None uses torch's default generator.
 
@@ -71,7 +71,11 @@ def make_feature_noise(
     generator = check_generator(generator)
     directions = torch.eye(4, dim)
     y = torch.arange(n) % 2
-    is_rare = torch.rand(n, generator=generator) < rare
+    is_rare = torch.zeros(n, dtype=torch.bool)
+    for k in (0, 1):
+        members = (y == k).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        is_rare[members[order[: round(rare * len(members))]]] = True
     x = noise * torch.randn(n, n_patches, dim, generator=generator)
     x[..., :4] = 0
     place = torch.randint(n_patches, (n,), generator=generator)
