@@ -98,8 +98,8 @@ def channel_curve(lam: Any, n_classes: int, weight_decay: float) -> Tensor:
     $$ x = \sqrt{\tfrac{C-1}{2C}}\,\log\tfrac{\lambda}{1-\lambda}, \qquad
        y = \tfrac{\sqrt{2(C-1)(C-2)}}{C}\,\omega\Big(\tfrac{\kappa C}{2}\sqrt{\lambda(1-\lambda)}\Big), $$
 
-    with Lambert's function: $\omega(s)$ solves $\omega e^\omega = s$ and grows like a logarithm. `mixup_ufm_features` gives the
-    exact minimum, at the ends of the curve too.
+    with Lambert's function: $\omega(s)$ solves $\omega e^\omega = s$ and grows like a logarithm. The exact minimum,
+    at the ends of the curve too, is what `mixup_ufm_features` finds.
 
     Args:
         lam: shares of the first class, (m,) strictly between 0 and 1.
