@@ -21,7 +21,7 @@ __all__ = ["CHECKS"]
 def _spread_by_hand(answer: Any) -> Verdict:
     value = float(answer)
     if math.isclose(value, 0.35, abs_tol=2e-3):
-        return correct("The class mean is 0.7, and a fifth of the images carries four fifths of the spread.")
+        return correct("The class mean is 0.7, and a fifth of the images carries four fifths of the variance.")
     if math.isclose(value, 0.4375, abs_tol=2e-3):
         return not_yet("This is the plain spread of 7/8 and 0. Weigh each background by its number of images.")
     if math.isclose(value, 0.35**2, abs_tol=2e-3):
