@@ -93,7 +93,7 @@ def test_mass_bins_keep_ties_together():
 def test_chunks_change_nothing(norm, monkeypatch):
     probs, labels = draw(300)
     whole = classwise_ece(probs, labels, norm=norm)
-    monkeypatch.setattr("companion.calibration.measuring_calibration._CHUNK", 28)
+    monkeypatch.setattr("companion.calibration.measuring_calibration.errors._CHUNK", 28)
     assert classwise_ece(probs, labels, norm=norm).item() == pytest.approx(whole.item(), abs=1e-12)
 
 

@@ -1,0 +1,147 @@
+"""Measuring calibration: how far stated probabilities are from observed frequencies, and when that says nothing.
+
+Public, in reading order: calibration errors in bins (`expected_calibration_error`, `binary_calibration_error`,
+`classwise_ece`, streamed: `CalibrationError`, `ClasswiseECE`), their bias (`debiased_ece`, `ece_noise_floor`) and a
+kernel in place of bins (`mmce`); the picture (`reliability_diagram`); scores that a constant cannot win
+(`brier_decomposition`, `brier_skill_score`, `aurc`); hidden chances (`CaPETrainer`, `empirical_probability`); answers
+of language models (`PlattScaler`, `read_answers`); panels of raters (`discretize_gaussian`, `ThurstoneFidelityLoss`);
+predicted quality (`IQAMetrics`, `LogisticMap`); and two segmenters that score themselves (`GaussianScorer`).
+"""
+
+from companion.calibration.measuring_calibration.answers import (
+    Answers,
+    Arithmetic,
+    PlattScaler,
+    complete,
+    make_answers,
+    make_arithmetic,
+    read_answers,
+    sample_answers,
+    sequence_confidence,
+    write_answers,
+)
+from companion.calibration.measuring_calibration.diagrams import (
+    ReliabilityCurve,
+    reliability_curve,
+    reliability_diagram,
+)
+from companion.calibration.measuring_calibration.errors import (
+    CalibrationError,
+    ClasswiseECE,
+    TopClass,
+    binary_calibration_error,
+    classwise_ece,
+    debiased_ece,
+    ece_noise_floor,
+    expected_calibration_error,
+    top_class,
+)
+from companion.calibration.measuring_calibration.probabilities import (
+    CaPETrainer,
+    EmpiricalTargets,
+    LatentProbability,
+    empirical_probability,
+    make_latent_probability,
+)
+from companion.calibration.measuring_calibration.quality import (
+    IQAMetrics,
+    LogisticMap,
+    OpinionScores,
+    QualitySet,
+    count_macs,
+    degrade,
+    make_quality_set,
+    quality_features,
+    rank_aggregate,
+    read_opinion_scores,
+)
+from companion.calibration.measuring_calibration.raters import (
+    ThurstoneFidelityLoss,
+    discretize_gaussian,
+    expected_score,
+    score_spread,
+    two_point_label,
+)
+from companion.calibration.measuring_calibration.scores import (
+    BrierDecomposition,
+    RiskCoverage,
+    aurc,
+    brier_decomposition,
+    brier_skill_score,
+    bucket_collapse,
+    mmce,
+    risk_coverage,
+)
+from companion.calibration.measuring_calibration.segmenters import (
+    GaussianScorer,
+    ReferringScenes,
+    error_types,
+    gaussian_score_loss,
+    make_referring_scenes,
+    mask_iou,
+    probability_integral,
+    score_integration,
+    win_probability,
+)
+
+__all__ = [
+    "Answers",
+    "Arithmetic",
+    "BrierDecomposition",
+    "CaPETrainer",
+    "CalibrationError",
+    "ClasswiseECE",
+    "EmpiricalTargets",
+    "GaussianScorer",
+    "IQAMetrics",
+    "LatentProbability",
+    "LogisticMap",
+    "OpinionScores",
+    "PlattScaler",
+    "QualitySet",
+    "ReferringScenes",
+    "ReliabilityCurve",
+    "RiskCoverage",
+    "ThurstoneFidelityLoss",
+    "TopClass",
+    "aurc",
+    "binary_calibration_error",
+    "brier_decomposition",
+    "brier_skill_score",
+    "bucket_collapse",
+    "classwise_ece",
+    "complete",
+    "count_macs",
+    "debiased_ece",
+    "degrade",
+    "discretize_gaussian",
+    "ece_noise_floor",
+    "empirical_probability",
+    "error_types",
+    "expected_calibration_error",
+    "expected_score",
+    "gaussian_score_loss",
+    "make_answers",
+    "make_arithmetic",
+    "make_latent_probability",
+    "make_quality_set",
+    "make_referring_scenes",
+    "mask_iou",
+    "mmce",
+    "probability_integral",
+    "quality_features",
+    "rank_aggregate",
+    "read_answers",
+    "read_opinion_scores",
+    "reliability_curve",
+    "reliability_diagram",
+    "risk_coverage",
+    "sample_answers",
+    "score_integration",
+    "score_spread",
+    "sequence_confidence",
+    "top_class",
+    "two_point_label",
+    "win_probability",
+    "write_answers",
+]
