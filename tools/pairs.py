@@ -17,6 +17,7 @@ from jupytext.combine import combine_inputs_with_outputs
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 800_000
 FIX = "run `make notebooks`"
+PAGES = {"checkup": "report"}  # pages of the book itself, of no theme, and the package each is about
 
 
 def chapters(book: Path = ROOT / "book") -> list[Path]:
@@ -53,6 +54,8 @@ def named(paths: list[str], book: Path = ROOT / "book") -> list[Path]:
 
 def modules(text: Path) -> list[Path]:
     """Return the chapter's own module: companion/<theme>/<chapter>.py, or each file of the package of that name."""
+    if text.parent.name == "book" and text.stem in PAGES:
+        return sorted((text.parent.parent / "companion" / PAGES[text.stem]).rglob("*.py"))
     home = text.parent.parent.parent / "companion" / text.parent.name / text.stem.replace("-", "_")
     single = home.with_suffix(".py")
     return [single] if single.exists() else sorted(home.rglob("*.py"))

@@ -107,7 +107,7 @@ def guard_imports(root):
     found = []
     for path in sorted((root / "companion").rglob("*.py")):
         parts = path.relative_to(root / "companion").with_suffix("").parts
-        if parts == ("__init__",) or parts[0] == "report":
+        if parts in (("__init__",), ("__main__",)) or parts[0] == "report":
             continue
         for name, line, at_import in _imports(path, root):
             where = f"{short(path, root)}:{line}"
@@ -483,6 +483,8 @@ def guard_exercises(root):
     """At least four exercises, two that mark themselves; stubs tagged, solutions last, checks and their tests there."""
     found = []
     for path in chapters(root):
+        if path.parent == root / "book":
+            continue  # a page of the book itself, of no theme: it teaches no method that could be exercised
         text, name, theme = path.read_text(encoding="utf-8"), path.stem, path.parent.name
         where = short(path, root)
         plain = prose(text)

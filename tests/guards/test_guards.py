@@ -297,6 +297,13 @@ def test_the_register_guard_finds_unknown_papers(tree, plant, says):
     assert any(says in line for line in guards.GUARDS["register"](tree))
 
 
+def test_the_command_line_may_import_the_report_and_a_page_of_no_theme_needs_no_exercises(tree):
+    append(tree, "companion/__main__.py", "from companion.report.command import main\n")
+    append(tree, "book/checkup.md", HEADER)
+    assert guards.GUARDS["imports"](tree) == []
+    assert guards.GUARDS["exercises"](tree) == []
+
+
 def test_a_quoted_number_beside_its_paper_is_fine(tree):
     linked = "[Chidambaram and Ge, 2024](https://arxiv.org/abs/2306.00740) report 95.1 there. Plain words"
     edit(tree, DEMO, "Plain words", linked)

@@ -123,6 +123,17 @@ def test_the_module_makes_outputs_stale_also_as_a_package(pairs, root, text):
     assert [path.name for path in pairs.modules(text)] == ["__init__.py", "more.py"]
 
 
+def test_a_page_of_the_book_itself_goes_stale_with_the_package_it_is_about(pairs, root):
+    page = root / "book/checkup.md"
+    page.write_text(HEADER)
+    (root / "companion/report").mkdir()
+    (root / "companion/report/lenses.py").write_text("one = 1\n")
+    fake_run(pairs, page)
+    assert not pairs.stale(page)
+    (root / "companion/report/lenses.py").write_text("one = 2\n")
+    assert pairs.stale(page)
+
+
 def test_the_text_wins_over_the_notebook(pairs, text):
     fake_run(pairs, text)
     twin = text.with_suffix(".ipynb")

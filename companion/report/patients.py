@@ -1,0 +1,106 @@
+"""Four small networks on one task, to try a check-up on: a healthy one and three that are sick in a known way.
+
+Public: `Patient`, `train_patients`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from companion.calibration import TemperatureScaler
+from companion.checks import check_positive_int
+from companion.data import ColorDigits, color_digits, load_digits_images, long_tailed, noisy_labels, stratified_split
+from companion.nets import MLP
+from companion.training import fit
+
+__all__ = ["Patient", "train_patients"]
+
+NOISE = 0.12  # of the pixels
+EPOCHS = 40
+COLORS = 2  # the background says even or odd, when it says anything
+
+
+class Patient(NamedTuple):
+    """A trained network, with what a check-up of it needs.
+
+    `inputs()` are the keyword arguments of `companion.checkup`.
+    """
+
+    model: nn.Module
+    temperature: float
+    test: ColorDigits
+    strangers: Tensor
+
+    def inputs(self) -> dict[str, Any]:
+        """Return features, labels, logits, last layer, groups and outliers, computed from the test images."""
+        with torch.no_grad():
+            h, head = self.model.features(self.test.images), self.model.head
+            return {
+                "features": h,
+                "labels": self.test.labels,
+                "logits": head(h) / self.temperature,
+                "weight": head.weight.detach() / self.temperature,
+                "bias": head.bias.detach() / self.temperature,
+                "groups": {"colour": self.test.colors},
+                "outliers": self.model.features(self.strangers),
+            }
+
+
+def train_patients(seed: int = 0) -> dict[str, Patient]:
+    """Train four networks to read digits on coloured grounds, and return them by name.
+
+    - "healthy": fresh pixel noise in every epoch, colours that say nothing, one temperature from held-out images;
+    - "overconfident": the same images, a quarter of the labels wrong, learnt by heart, no temperature;
+    - "shortcut": trained like the healthy one, on images whose colour nearly always says even or odd;
+    - "minority": trained like the healthy one, with two images of each of the digits 5 to 9 (and all of the others).
+
+    All four are tested on the same images, where colour says nothing and classes are equally frequent. The strangers
+    are the same images with their pixels shuffled.
+
+    Args:
+        seed: of the split, the noise and the weights.
+
+    >>> patients = train_patients()
+    >>> list(patients), patients["healthy"].inputs()["features"].shape[1]
+    (['healthy', 'overconfident', 'shortcut', 'minority'], 64)
+    """
+    draw = torch.Generator().manual_seed(check_positive_int(seed, "seed", minimum=0))
+    images, labels = load_digits_images()
+    train, held, test = stratified_split(labels, (0.4, 0.2, 0.4), draw)
+
+    def paint(rows: Tensor, correlation: float = 0.0, noise: float = NOISE, shown: Tensor = images) -> ColorDigits:
+        return color_digits(shown[rows], labels[rows], correlation, COLORS, noise=noise, generator=draw)
+
+    def fresh(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return (x + NOISE * torch.randn(x.shape, generator=generator)).clamp(0, 1), y
+
+    def learn(data: ColorDigits, labels: Tensor, epochs: int, transform: Any, scaled: bool) -> Patient:
+        model = MLP((192, 64, 10), activation="gelu", seed=seed)
+        fit(
+            model, data.images, labels, epochs=epochs, lr=2e-3, weight_decay=1e-4, batch_size=64,
+            batch_transform=transform, generator=torch.Generator().manual_seed(seed), device="cpu", progress=False,
+        )  # fmt: skip
+        temperature = 1.0
+        if scaled:
+            with torch.no_grad():
+                temperature = float(TemperatureScaler().fit(model(tuning.images), tuning.labels).temperature_)
+        return Patient(model, temperature, shown, strangers)
+
+    def both(rows: Tensor) -> ColorDigits:
+        """Each image once on either ground, so that two images of a digit cannot suggest a colour."""
+        halves = [color_digits(images[rows], torch.full_like(rows, c), 1.0, COLORS) for c in range(COLORS)]
+        return ColorDigits(*(torch.cat(column) for column in zip(*halves)))._replace(labels=labels[rows].repeat(COLORS))
+
+    tuning, shown = paint(held), paint(test)
+    shuffled = images.flatten(1)[:, torch.randperm(64, generator=draw)].view_as(images)
+    strangers = paint(test, shown=shuffled).images
+    plain, telling, noisy = both(train), paint(train, 0.99, noise=0.0), paint(train)
+    wrong, _ = noisy_labels(noisy.labels, 0.25, generator=draw)
+    rare = both(train[long_tailed(labels[train], 36, "step", generator=draw)])
+    return {
+        "healthy": learn(plain, plain.labels, EPOCHS, fresh, True),
+        "overconfident": learn(noisy, wrong, 8 * EPOCHS, None, False),
+        "shortcut": learn(telling, telling.labels, 2 * EPOCHS, fresh, True),
+        "minority": learn(rare, rare.labels, 2 * EPOCHS, fresh, True),
+    }
