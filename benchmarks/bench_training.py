@@ -1,12 +1,9 @@
-"""Eight small networks trained one after the other (`fit`), and as one (`fit_many`): seconds, interleaved medians.
+"""Many small networks trained as one (`fit_many`) and one after the other (`fit`), side by side."""
 
-Run: python benchmarks/bench_training.py
-"""
-
-import statistics
-import time
+from itertools import pairwise
 
 import torch
+from side_by_side import Comparison, OnCard, close
 
 from companion.nets import MLP, SmallCNN
 from companion.training import fit, fit_many
@@ -14,61 +11,75 @@ from companion.training import fit, fit_many
 SEEDS = list(range(8))
 
 
-def compare(name, make, x, y, repeats=5, **settings):
-    def loop():
-        models = [make(seed) for seed in SEEDS]
-        for seed, model in zip(SEEDS, models):
-            fit(model, x, y, generator=torch.Generator().manual_seed(seed), **settings)
-        return models
+def _both(name: str, make, x, y, **settings) -> Comparison:
+    def one_by_one():
+        losses = []
+        for seed in SEEDS:
+            generator = torch.Generator().manual_seed(seed)
+            losses.append(fit(make(seed), x, y, generator=generator, device="cpu", **settings).loss[-1])
+        return losses
 
-    def stacked():
-        return fit_many(make, SEEDS, x, y, **settings)
-
-    seconds = {loop: [], stacked: []}
-    for _ in range(repeats):
-        for run, times in seconds.items():
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    one, many = (statistics.median(times) for times in seconds.values())
-    print(f"{name:44s} loop {one:6.2f} s   stacked {many:6.2f} s   factor {one / many:4.1f}")
+    return Comparison(
+        name,
+        lambda: fit_many(make, SEEDS, x, y, device="cpu", **settings).history.loss[-1],
+        {"one after the other": one_by_one},
+        close(5e-2),
+    )
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    order = torch.Generator().manual_seed(0)
-    x = torch.randn(2000, 2, generator=order)
+def small_mlps(quick: bool) -> Comparison:
+    x = torch.randn(2_000, 2, generator=torch.Generator().manual_seed(0))
     y = (x.norm(dim=1) > 1).long()
-    for optimizer in ("adam", "sgd"):
-        compare(
-            f"8 MLPs 2-32-32-2, batches of 64, {optimizer}",
-            lambda seed: MLP((2, 32, 32, 2), seed=seed),
-            x,
-            y,
-            epochs=10,
-            batch_size=64,
-            optimizer=optimizer,
-            device="cpu",
-        )
-    x = torch.randn(2000, 20, generator=order)
+    return _both(
+        "8 networks 2-32-32-2, batches of 64",
+        lambda seed: MLP((2, 32, 32, 2), seed=seed),
+        x,
+        y,
+        epochs=2 if quick else 10,
+        batch_size=64,
+    )
+
+
+def larger_mlps(quick: bool) -> Comparison:
+    x = torch.randn(2_000, 20, generator=torch.Generator().manual_seed(0))
     y = (x[:, 0] * x[:, 1] > 0).long()
-    compare(
-        "8 MLPs 20-64-64-10, batches of 128, adam",
+    return _both(
+        "8 networks 20-64-64-10, batches of 128",
         lambda seed: MLP((20, 64, 64, 10), seed=seed),
         x,
         y,
-        epochs=10,
+        epochs=2 if quick else 10,
         batch_size=128,
-        device="cpu",
     )
-    x, y = torch.randn(1000, 1, 8, 8, generator=order), torch.randint(10, (1000,), generator=order)
-    compare(
-        "8 CNNs of width 8 on 8 x 8, batches of 64",
+
+
+def small_cnns(quick: bool) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1_000, 1, 8, 8, generator=generator), torch.randint(10, (1_000,), generator=generator)
+    return _both(
+        "8 convolutional networks of width 8 on 8 x 8, batches of 64",
         lambda seed: SmallCNN(1, 10, width=8, seed=seed),
         x,
         y,
-        repeats=3,
-        epochs=3,
+        epochs=1 if quick else 3,
         batch_size=64,
-        device="cpu",
     )
+
+
+def many_networks() -> OnCard:
+    count, n, dims, epochs = 256, 4_096, (64, 256, 256, 10), 10
+
+    def prepare():
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(n, dims[0], generator=generator), torch.randint(10, (n,), generator=generator)
+        return lambda: fit_many(
+            lambda seed: MLP(dims, seed=seed), list(range(count)), x, y, epochs=epochs, batch_size=256, device="cuda"
+        )
+
+    weights = sum(a * b for a, b in pairwise(dims))
+    return OnCard(f"fit_many, {count} networks {'-'.join(map(str, dims))}", prepare, 6.0 * weights * n * epochs * count)
+
+
+COMPARISONS = [small_mlps, larger_mlps, small_cnns]
+GROWTH: list = []
+ON_CARD = [many_networks]

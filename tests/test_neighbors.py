@@ -185,7 +185,7 @@ def in_blocks(x, k, metric):
 
 @pytest.fixture
 def mirrored(monkeypatch):
-    """Notes whether a search took half of the products and mirrored them, which it does from 4096 rows on."""
+    """Notes whether a search took half of the products and mirrored them, which it does from some thousand rows on."""
     calls, minima = [], _Search._minima
     monkeypatch.setattr(_Search, "_minima", lambda self, dtype: calls.append(dtype) or minima(self, dtype))
     return calls
@@ -193,20 +193,20 @@ def mirrored(monkeypatch):
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_mirrored_products_change_nothing(mirrored, metric):
-    x = draw(4500, 6)  # no multiple of the block
+    x = draw(5100, 6)  # no multiple of the block
     x[100:103] = x[4000]  # copies in other blocks
-    x[4499] = 1e3  # an outlier in the last, smaller block
-    distance, index = in_blocks(x, 3, metric)
-    found = knn(x, k=3, metric=metric)
+    x[5099] = 1e3  # an outlier in the last, smaller block
+    distance, index = in_blocks(x, 2, metric)
+    found = knn(x, k=2, metric=metric)
     assert mirrored == [torch.float32]
     assert torch.equal(found.indices, index)
     torch.testing.assert_close(found.distances.double(), distance, rtol=1e-6, atol=1e-6)
-    assert torch.equal(knn(x, k=3, metric=metric, memory="5MB").indices, index)
+    assert torch.equal(knn(x, k=2, metric=metric, memory="5MB").indices, index)
     assert len(mirrored) == 1, "there was no room for the minima of all pairs"
 
 
 def test_mirrored_products_are_searched_again_where_rounding_decides(mirrored):
-    x = draw(4200, 4, dtype=torch.float64)
+    x = draw(5000, 4, dtype=torch.float64)
     x[:3000] *= 1e3
     x[3000:] = 500 + 1e-3 * x[3000:]  # dense and far from the centre
     distance, index = in_blocks(x, 2, "euclidean")
@@ -214,6 +214,19 @@ def test_mirrored_products_are_searched_again_where_rounding_decides(mirrored):
     assert mirrored == [torch.float32]
     assert torch.equal(found.indices, index)
     torch.testing.assert_close(found.distances, distance, rtol=1e-9, atol=0)
+
+
+def test_the_reader_may_allow_short_products(device):
+    """With lower matmul precision products have eight bits; neighbours stay exact."""
+    x = draw(600, 32)
+    _, index = brute_force(x, None, 5, "euclidean")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = knn(x.to(device), k=5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found.indices.cpu(), index)
 
 
 class Largest(TorchDispatchMode):
