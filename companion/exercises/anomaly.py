@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from companion.anomaly import auroc, average_precision, frechet_distance, prdc
 from companion.exercises.core import Verdict, correct, not_yet
 
 __all__ = ["CHECKS"]
@@ -108,7 +109,181 @@ def _misalignment(answer: Callable) -> Verdict:
     return correct("Zero where the two sensors agree, up to two where they contradict each other.")
 
 
+def _aupimo_by_hand(answer: Any) -> Verdict:
+    value = float(answer)
+    if abs(value - 0.375) < 1e-6:
+        return correct("One pixel beyond the cheap end, one halfway, two too dear.")
+    if abs(value - 0.75) < 1e-6:
+        return not_yet("This is the recall at U: three of four pixels. Their credits differ: what do they cost?")
+    if abs(value - (1 + (0.1 - 0.01) / (0.1 - 0.001)) / 4) < 5e-3:
+        return not_yet("Count on a logarithmic scale: 0.01 lies halfway between 0.001 and 0.1.")
+    if abs(value - (4 - 0.01 - 0.1 - 0.5) / 4) < 5e-3:
+        return not_yet("This is the AUROC. Credits of AUPIMO end at U.")
+    return not_yet("Prices are 0, 0.01, 0.1 and 0.5. Clip them to [L, U]; a credit is log(U / price) / log(U / L).")
+
+
+def _own_aupimo(answer: Callable) -> Verdict:
+    g = torch.Generator().manual_seed(15)
+    for tied in (False, True):
+        for low, high in ((1e-3, 1e-1), (1e-2, 1.0)):
+            normal, defect = torch.randn(2000, generator=g), torch.randn(40, generator=g) + 2
+            if tied:
+                normal, defect = normal.round(decimals=1), defect.round(decimals=1)
+            at_least = (normal[None] >= defect[:, None]).double().mean(1)
+            above = (normal[None] > defect[:, None]).double().mean(1)
+            got = float(answer(normal, defect, low, high))
+
+            def credit(price: torch.Tensor, low: float = low, high: float = high) -> float:
+                price = price.clamp(low, high)
+                return float((high / price).log().mean() / torch.tensor(high / low).log())
+
+            if abs(got - credit(at_least)) < 1e-6:
+                continue
+            if tied and abs(got - credit(above)) < 1e-6:
+                return not_yet("A threshold at the pixel's score also fires on normal pixels that TIE with it: use >=.")
+            if abs(got - float(((high - at_least.clamp(low, high)) / (high - low)).mean())) < 1e-5:
+                return not_yet("The axis is logarithmic: integrate over log F.")
+            if not 0 <= got <= 1:
+                return not_yet(f"An area between 0 and 1, got {got:.4g}: clip the price to [low, high].")
+            return not_yet(f"Expected {credit(at_least):.4f} for bounds ({low:g}, {high:g}), got {got:.4f}.")
+    return correct("Exact, with ties and without a single threshold.")
+
+
+def _precision_area(answer: Callable) -> Verdict:
+    g = torch.Generator().manual_seed(16)
+    for decimals in (6, 1):
+        labels = (torch.rand(500, generator=g) < 0.1).long()
+        scores = (torch.randn(500, generator=g).double() + labels).round(decimals=decimals)
+        got = float(answer(scores, labels))
+        positive, negative = scores[labels == 1], scores[labels == 0]
+        price = (negative[None] >= positive[:, None]).double().mean(1)
+        fires = (scores[None] >= positive[:, None]).double().mean(1)
+        if abs(got - float(average_precision(scores, labels))) < 1e-9:
+            continue
+        if abs(got - float(1 - (price / fires).mean())) < 1e-9:
+            return not_yet("Almost: the factor P(y = 0), the share of negatives, is missing.")
+        if abs(got - float(1 - price.mean())) < 1e-9 or abs(got - float(auroc(scores, labels))) < 1e-9:
+            return not_yet("This is the AUROC: divide each price by how often the detector fires there.")
+        if decimals == 1:
+            return not_yet("Right without ties, wrong with them: both shares count scores AT or above the positive's.")
+        return not_yet(f"scikit-learn says {float(average_precision(scores, labels)):.4f}, you say {got:.4f}.")
+    return correct("Average precision, and no curve was drawn.")
+
+
+def _fool_frechet(answer: Callable) -> Verdict:
+    g = torch.Generator().manual_seed(17)
+    real = 0.05 * torch.randn(400, 2, generator=g).double()
+    real[::2, 0] += 8
+    made = torch.as_tensor(answer(real.clone())).double()
+    if made.shape != real.shape:
+        return not_yet(f"As many samples as there are real ones, shape {tuple(real.shape)}; got {tuple(made.shape)}.")
+    distance, spread = float(frechet_distance(real, made)), float(real.T.cov().trace())
+    if prdc(real, made, k=5).precision >= 0.3:
+        return not_yet("Too many samples lie near real ones: that is imitation, not deception. Leave the clusters.")
+    if distance > 1e-3 * spread:
+        return not_yet(
+            f"The distance is {distance:.3g}, the variance of the real features {spread:.3g}: match the mean AND the "
+            "covariance of your samples exactly, not only those of their law."
+        )
+    return correct("Same mean, same covariance, and the real features have nothing else to do with it.")
+
+
+def _distances_by_hand(answer: Any) -> Verdict:
+    wide, thin = (float(v) for v in answer)
+    if abs(wide - 8 / 3) < 1e-2 and abs(thin - 8) < 1e-2:
+        return correct("The same length, three times the distance: the second part breaks a rule that good parts obey.")
+    if abs(wide - 8) < 1e-2 and abs(thin - 8 / 3) < 1e-2:
+        return not_yet("The right numbers for the wrong parts: along (1, 1) the variance is the LARGE one.")
+    if abs(wide - 8) < 1e-2 and abs(thin - 8) < 1e-2:
+        return not_yet("This is the squared plain distance. Divide each coordinate by its own VARIANCE, 3 or 1.")
+    if abs(wide - 4) < 1e-2 and abs(thin - 4) < 1e-2:
+        return not_yet("This divides by the diagonal only: rotate to the EIGENVECTORS first.")
+    return not_yet("Subtract the mean, take coordinates along the two eigenvectors, square, divide by 3 and by 1, add.")
+
+
+def _gaussian_pair(seed: int, d: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.diag(torch.linspace(3, 0.2, d).double()) @ torch.randn(d, d, generator=g).double()
+    return tuple(torch.randn(n, d, generator=g).double() @ mix + 4 for n in (60, 40))
+
+
+def _mahalanobis_score(answer: Callable) -> Verdict:
+    train, new = _gaussian_pair(21)
+    off, mean = train - train.mean(0), train.mean(0)
+    got = torch.as_tensor(answer(train, new)).double()
+
+    def against(points: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+        return -(points * torch.linalg.solve(covariance, points.T).T).sum(1)
+
+    covariance = off.T @ off / len(train)
+    expected = against(new - mean, covariance)
+    if got.shape != expected.shape:
+        return not_yet(f"One score per row of new, shape (40,); got {tuple(got.shape)}.")
+    if torch.allclose(got, -expected, rtol=1e-4):
+        return not_yet("The SIGN: a score is higher for what is more normal.")
+    if torch.allclose(got, against(new, covariance), rtol=1e-4):
+        return not_yet("Subtract the MEAN of train from new as well.")
+    if torch.allclose(got, expected * (len(train) - 1) / len(train), rtol=1e-6):
+        return not_yet("Divide the scatter by n, not by n - 1.")
+    if torch.allclose(got, -(new - mean).square().sum(1), rtol=1e-4):
+        return not_yet("This is the plain distance: the COVARIANCE is missing.")
+    if not torch.allclose(got, expected, rtol=1e-4):
+        return not_yet(f"For the first row the score should be {float(expected[0]):.4f}, got {float(got[0]):.4f}.")
+    return correct("Factorise once, solve a triangle, square: no inverse needed.")
+
+
+def _thin_half(answer: Callable) -> Verdict:
+    for seed, share in ((22, 0.5), (23, 0.9), (24, 0.99)):
+        train, new = _gaussian_pair(seed)
+        off = train - train.mean(0)
+        values, vectors = torch.linalg.eigh(off.T @ off / len(train))
+        terms = (((new - train.mean(0)) @ vectors).square() / values).flip(1)  # widest first
+        used = values.flip(0).cumsum(0) / values.sum()
+        leading = int((used < share).sum()) + 1
+        got = torch.as_tensor(answer(train, new, share)).double()
+        if got.shape != (len(new),):
+            return not_yet(f"One score per row of new, shape ({len(new)},); got {tuple(got.shape)}.")
+        if torch.allclose(got, -terms[:, :leading].sum(1), rtol=1e-4):
+            return not_yet("These are the LEADING directions: keep the others.")
+        if torch.allclose(got, -terms[:, leading - 1 :].sum(1), rtol=1e-4):
+            return not_yet("One too many: the direction that REACHES the share belongs to the leading ones.")
+        if torch.allclose(got, -(terms * values.flip(0))[:, leading:].sum(1), rtol=1e-4):
+            return not_yet("Divide each square by its EIGENVALUE.")
+        if not torch.allclose(got, -terms[:, leading:].sum(1), rtol=1e-4):
+            return not_yet(f"For a share of {share:g}, {leading} of {len(values)} directions have to go.")
+    return correct("What good parts agree on: these directions hold little variance and most of the alarm.")
+
+
+def _hole(answer: Any) -> Verdict:
+    good, odd = (torch.as_tensor(part).double() for part in answer)
+    if good.ndim != 2 or good.shape[1] != 2 or odd.ndim != 2 or odd.shape[1] != 2:
+        return not_yet("Two sets of points in the plane, (n, 2) each.")
+    if not 200 <= len(good) <= 2000 or len(odd) < 50:
+        return not_yet(f"200 to 2000 good points and at least 50 odd ones; got {len(good)} and {len(odd)}.")
+    apart = torch.cdist(good, good).fill_diagonal_(torch.inf).amin(1).median()
+    if float(torch.cdist(odd, good).amin()) <= 10 * float(apart):
+        return not_yet("An odd point lies too NEAR to a good one: leave more room, or add good points.")
+    off = good - good.mean(0)
+    factor = torch.linalg.cholesky(off.T @ off / len(good) + 1e-12 * torch.eye(2))
+    scores = [
+        torch.linalg.solve_triangular(factor, (part - good.mean(0)).T, upper=False).square().sum(0)
+        for part in (good, odd)
+    ]
+    area = float((scores[1][:, None] > scores[0]).double().mean())
+    if area >= 0.1:
+        return not_yet(f"One Gaussian finds them: AUROC {area:.2f}. What if nobody lives at the MEAN?")
+    return correct("The mean of a ring is the last place where anybody lives.")
+
+
 CHECKS: dict[str, Callable[[Any], Verdict]] = {
+    "gaussian-features/1": _distances_by_hand,
+    "gaussian-features/2": _mahalanobis_score,
+    "gaussian-features/3": _thin_half,
+    "gaussian-features/4": _hole,
+    "scoring-the-scorer/1": _aupimo_by_hand,
+    "scoring-the-scorer/2": _own_aupimo,
+    "scoring-the-scorer/3": _precision_area,
+    "scoring-the-scorer/4": _fool_frechet,
     "visual-anomalies/1": _coreset_by_hand,
     "visual-anomalies/2": _hardest_positions,
     "visual-anomalies/3": _normal_threshold,
