@@ -193,6 +193,17 @@ class AUPIMO(Metric):
         After `merge_state` the images of the other metric come first.
         """
         low, high = self.fpr_bounds
+        n, sizes = self._seen()
+        top = _largest(dim_zero_cat(self.normal), math.floor(high * n) + 1).sort().values
+        level = _levels(dim_zero_cat(self.defect), top, n).clamp(low, high)
+        share = (math.log(high) - level.log()) / math.log(high / low)
+        image = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+        total = torch.zeros(len(sizes), dtype=share.dtype, device=share.device).index_add_(0, image, share)
+        return total / sizes  # 0 / 0 where there is no defect
+
+    def _seen(self) -> tuple[int, Tensor]:
+        """Return the number of normal pixels and the area of every defect; complain where that is not enough."""
+        low, high = self.fpr_bounds
         n = int(self.n_normal)
         sizes = dim_zero_cat(self.sizes) if len(self.sizes) else torch.zeros(1, dtype=torch.int64)
         if n == 0 or not bool(sizes.any()):
@@ -205,14 +216,9 @@ class AUPIMO(Metric):
         if n * low < 1:
             warnings.warn(
                 f"{n} normal pixels cannot tell false-positive rates below {1 / n:.1e}: L = {low:g} is out of reach",
-                stacklevel=2,
+                stacklevel=3,
             )
-        top = _largest(dim_zero_cat(self.normal), math.floor(high * n) + 1).sort().values
-        level = _levels(dim_zero_cat(self.defect), top, n).clamp(low, high)
-        share = (math.log(high) - level.log()) / math.log(high / low)
-        image = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-        total = torch.zeros(len(sizes), dtype=share.dtype, device=share.device).index_add_(0, image, share)
-        return total / sizes  # 0 / 0 where there is no defect
+        return n, sizes
 
 
 def pimo_curves(maps: Any, masks: Any, fpr: Any = None) -> PimoCurves:

@@ -117,8 +117,8 @@ def compare_paired(
         raise ValueError(f"expected at least 2 images with finite scores, got {int(d.isfinite().sum())} of {n}")
     names = ["all"] * n if categories is None else [c.item() if hasattr(c, "item") else c for c in categories]
     names = [name for name, keep in zip(names, kept.tolist()) if keep]
-    distinct = list(dict.fromkeys(names))
-    code = torch.tensor([distinct.index(name) for name in names])
+    place = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    distinct, code = list(place), torch.tensor([place[name] for name in names])
     count = torch.bincount(code)
     weight = 1 / (count[code] * len(distinct)).double()  # every category weighs the same
     means = torch.bincount(code, d) / count

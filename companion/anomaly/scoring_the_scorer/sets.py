@@ -169,7 +169,8 @@ def frechet_at_infinity(
     Chapter: anomaly/scoring-the-scorer
     """
     real, generated = _check_pair(real, generated, min_samples=16)
-    check_positive_int(n_sizes, "n_sizes", minimum=2), check_positive_int(repeats, "repeats")
+    check_positive_int(n_sizes, "n_sizes", minimum=2)
+    check_positive_int(repeats, "repeats")
     draws = check_generator(generator)
     largest = min(len(real), len(generated))
     sizes = torch.linspace(largest / 4, largest, n_sizes).round().long().repeat_interleave(repeats)
@@ -179,7 +180,6 @@ def frechet_at_infinity(
         values.append(frechet_distance(real[pick[0]], generated[pick[1]]))
     y = torch.stack(values)
     design = torch.stack([torch.ones(len(sizes)), 1 / sizes], 1).to(y)
-    # lstsq, weighted by nothing: the spread of the values hardly depends on the size
     return torch.linalg.lstsq(design, y[:, None]).solution[0, 0]
 
 
