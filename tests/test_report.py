@@ -20,8 +20,8 @@ from companion.data import FeatureShards
 from companion.geometry import participation_ratio, simplex_etf
 from companion.ranking import auroc
 from companion.report import checkup, extract
+from companion.report.answers import cramers_v
 from companion.report.findings import Estimate, jackknife, verdict
-from companion.report.lenses import cramers_v
 from companion.report.patients import train_patients
 from companion.report.reading import read_groups
 from companion.report.streaming import draw, part_of

@@ -25,12 +25,13 @@ from companion.report import rendering
 from companion.report.findings import Finding, Skipped
 from companion.report.lenses import LENSES
 from companion.report.reading import Extracted, Rows, extract, is_path, read_groups, read_labels, read_rows, split_key
-from companion.report.streaming import Processes, Summary, summarise
+from companion.report.rendering import Table
+from companion.report.streaming import Processes, Summary, covariance_of, summarise
 
 __all__ = ["Checkup", "checkup"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkup:
     """What a check-up found. In a notebook it shows its table.
 
@@ -72,9 +73,9 @@ class Checkup:
         """Return the verdict of every figure, by key."""
         return {finding.key: finding.verdict for finding in self.findings}
 
-    def table(self) -> "rendering.Table":
+    def table(self) -> Table:
         """Return the rows as a list of dictionaries that shows itself as a table."""
-        return rendering.Table(self)
+        return Table(self)
 
     def figure(self) -> Any:
         """Return one page of pictures, a matplotlib figure."""
@@ -90,6 +91,8 @@ class Checkup:
 
     def __str__(self) -> str:
         return rendering.as_text(self)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return rendering.as_table(self)
@@ -295,9 +298,7 @@ def _fitting(labels: Tensor | None, z: Rows | None, weight: Tensor | None) -> No
 
 def _curves(summary: Summary) -> Mapping[str, Any]:
     """The few numbers behind the pictures."""
-    from companion.report.lenses import _covariance
-
-    spectrum = torch.linalg.eigvalsh(_covariance(summary.whole())).flip(0).clamp_min(0)
+    spectrum = torch.linalg.eigvalsh(covariance_of(summary.whole())).flip(0).clamp_min(0)
     curves: dict[str, Any] = {"spectrum": (spectrum / spectrum.sum().clamp_min(1e-300)).tolist()}
     if summary.bins is not None:
         curves["bins"] = summary.bins.tolist()

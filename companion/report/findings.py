@@ -5,7 +5,7 @@ Public: `Finding`, `Skipped`, `Estimate`, `verdict`, `jackknife`, `chapter_link`
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from companion.show import REPOSITORY, number
 __all__ = ["Estimate", "Finding", "Skipped", "chapter_link", "jackknife", "verdict"]
 
 LEVEL = 0.95
+TOLERANCE = 0.02  # two points, added to what chance explains
+CONSTANT = "every row of the features is the same"
 VERDICTS = ("ok", "watch", "alarm", "note")
 
 
@@ -83,6 +85,9 @@ class Skipped(NamedTuple):
 
     what: str
     reason: str
+
+
+Found = Iterator[Finding | Skipped]
 
 
 def make(key: str, theme: str, name: str, estimate: Estimate, normal: tuple, meaning: str, chapter: str, rows: int):

@@ -18,31 +18,45 @@ __all__ = ["Patient", "train_patients"]
 
 NOISE = 0.12  # of the pixels
 EPOCHS = 40
+TELLING = 0.99  # how closely colour follows the digit where it is a shortcut
 COLORS = 2  # the background says even or odd, when it says anything
 
 
 class Patient(NamedTuple):
     """A trained network, with what a check-up of it needs.
 
-    `inputs()` are the keyword arguments of `companion.checkup`.
+    Attributes:
+        model: the network.
+        temperature: by which its logits are divided.
+        test: images whose colour says nothing.
+        lucky: the same digits, coloured as the network with the shortcut was trained.
+        strangers: images without digits.
     """
 
     model: nn.Module
     temperature: float
     test: ColorDigits
+    lucky: ColorDigits
     strangers: Tensor
 
-    def inputs(self) -> dict[str, Any]:
-        """Return features, labels, logits, last layer, groups and outliers, computed from the test images."""
+    def inputs(self, test: ColorDigits | None = None, temperature: float | None = None) -> dict[str, Any]:
+        """Return the arguments of `companion.checkup`: features, labels, logits, last layer, groups and outliers.
+
+        Args:
+            test: images other than those of `test`.
+            temperature: other than the network's own.
+        """
+        test = self.test if test is None else test
+        temperature = self.temperature if temperature is None else temperature
         with torch.no_grad():
-            h, head = self.model.features(self.test.images), self.model.head
+            h, head = self.model.features(test.images), self.model.head
             return {
                 "features": h,
-                "labels": self.test.labels,
-                "logits": head(h) / self.temperature,
-                "weight": head.weight.detach() / self.temperature,
-                "bias": head.bias.detach() / self.temperature,
-                "groups": {"colour": self.test.colors},
+                "labels": test.labels,
+                "logits": head(h) / temperature,
+                "weight": head.weight.detach() / temperature,
+                "bias": head.bias.detach() / temperature,
+                "groups": {"colour": test.colors},
                 "outliers": self.model.features(self.strangers),
             }
 
@@ -85,7 +99,7 @@ def train_patients(seed: int = 0) -> dict[str, Patient]:
         if scaled:
             with torch.no_grad():
                 temperature = float(TemperatureScaler().fit(model(tuning.images), tuning.labels).temperature_)
-        return Patient(model, temperature, shown, strangers)
+        return Patient(model, temperature, shown, lucky, strangers)
 
     def both(rows: Tensor) -> ColorDigits:
         """Each image once on either ground, so that two images of a digit cannot suggest a colour."""
@@ -95,7 +109,8 @@ def train_patients(seed: int = 0) -> dict[str, Patient]:
     tuning, shown = paint(held), paint(test)
     shuffled = images.flatten(1)[:, torch.randperm(64, generator=draw)].view_as(images)
     strangers = paint(test, shown=shuffled).images
-    plain, telling, noisy = both(train), paint(train, 0.99, noise=0.0), paint(train)
+    plain, telling, noisy = both(train), paint(train, TELLING, noise=0.0), paint(train)
+    lucky = paint(test, TELLING)
     wrong, _ = noisy_labels(noisy.labels, 0.25, generator=draw)
     rare = both(train[long_tailed(labels[train], 36, "step", generator=draw)])
     return {

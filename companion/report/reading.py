@@ -1,12 +1,13 @@
 """What people have, as rows that can be read piece by piece: tensors, arrays, files, folders of shards, models.
 
-Public: `Rows`, `read_rows`, `read_labels`, `read_groups`, `extract`. Nothing is unpickled.
+Public: `Rows`, `read_rows`, `read_labels`, `read_groups`; `extract` and what it
+returns, `Extracted`. Nothing is unpickled.
 """
 
 import csv
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from companion.checks import as_tensor, check_labels
 from companion.data.files import FeatureShards, load_labels
 
-__all__ = ["Rows", "extract", "read_groups", "read_labels", "read_rows"]
+__all__ = ["Extracted", "Rows", "extract", "read_groups", "read_labels", "read_rows"]
 
 CHUNK_BYTES = 32_000_000  # of one piece, counted in float32
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -208,7 +209,6 @@ class Extracted:
     labels: Path | None
     weight: Tensor | None = None
     bias: Tensor | None = None
-    extra: dict = field(default_factory=dict)
 
 
 def extract(

@@ -1,6 +1,6 @@
 """How a check-up is shown: text, table, pictures, one self-contained page, JSON.
 
-Public: `Table`, `as_text`, `as_table`, `as_json`, `page`, `figure`, `write`.
+Public: `Table`. The other functions are what the methods of `Checkup` call.
 """
 
 import base64
@@ -18,7 +18,7 @@ from companion.show import number
 if TYPE_CHECKING:
     from companion.report.examination import Checkup
 
-__all__ = ["Table", "as_json", "as_table", "as_text", "figure", "page", "write"]
+__all__ = ["Table"]
 
 QUESTIONS = {
     "dimensionality": "How many numbers do its features need?",
@@ -156,11 +156,11 @@ def figure(found: "Checkup") -> Any:
     height = 3.2 + 0.27 * rows
     panels = ["spectrum"] + [name for name in ("bins", "seen") if name in found.curves]
     fig = figures.plt.figure(figsize=(figures.WIDTH, height), facecolor=figures.BACKGROUND)
-    grid = fig.add_gridspec(2, len(panels), height_ratios=[0.27 * rows + 0.5, 2.4])
-    _strip(fig.add_subplot(grid[0, :]), found.findings)
+    above, below = fig.subfigures(2, 1, height_ratios=[0.27 * rows + 0.5, 2.4])  # two, so that labels do not align
+    _strip(above.add_subplot(), found.findings)
     draw = {"spectrum": _spectrum, "bins": _reliability, "seen": _by_class}
     for place, name in enumerate(panels):
-        draw[name](fig.add_subplot(grid[1, place]), found.curves)
+        draw[name](below.add_subplot(1, len(panels), place + 1), found.curves)
     return fig
 
 
@@ -187,10 +187,15 @@ def _placed(f: Finding, value: float | None) -> float | None:
     low, high = f.normal_low, f.normal_high
     if low is None and high is None:
         return 0.5
-    scale = (high - low) if low is not None and high is not None else max(abs(high if low is None else low), 1e-9)
-    x = (value - (high if low is None else low)) / (scale or 1e-9) + (1 if low is None else 0)
+    if low is not None and high is not None:
+        x = (value - low) / max(high - low, 1e-9)
+    else:  # open on one side: that side lies infinitely far away and is drawn at the end of the band
+        bound = high if low is None else low
+        inside = (bound - value if low is None else value - bound) / max(abs(bound), 1e-9)
+        depth = 1 - math.exp(-inside) if inside > 0 else inside
+        x = 1 - depth if low is None else depth
     outside = x - 1 if x > 1 else min(x, 0.0)
-    return (min(max(x, 0.0), 1.0)) + math.tanh(outside) * 1.05
+    return min(max(x, 0.0), 1.0) + math.tanh(outside) * 1.05
 
 
 def _spectrum(ax: Any, curves: dict) -> None:

@@ -1,6 +1,6 @@
 """One pass over the data: what a check-up keeps of a million rows, and how processes share the work.
 
-Public: `Processes`, `Summary`, `Sample`, `summarise`.
+Public: `Processes`, `Summary`, `Sample`, `summarise`, `covariance_of`.
 
 Kept are class moments in eight parts (their differences give intervals), counts of how often which confidence, class
 and group was right, and a random sample of rows for what is quadratic. All of it merges: with `torchrun` each process
@@ -19,9 +19,9 @@ from torch import Tensor
 from companion.checks import check_features, check_logits, check_probs
 from companion.collapse import NeuralCollapse
 from companion.report.reading import Rows
-from companion.statistics import Moments
+from companion.statistics import ClassMoments, Moments
 
-__all__ = ["Processes", "Sample", "Summary", "summarise"]
+__all__ = ["Processes", "Sample", "Summary", "covariance_of", "summarise"]
 
 PARTS = 8
 NUMBERS = 16_000_000  # of one piece: 128 MB where they are float64
@@ -326,6 +326,29 @@ def _gathered(part: Moments | NeuralCollapse, team: Processes) -> Moments | Neur
     for state in states:
         merged.merge_state({"state": state})
     return merged
+
+
+def covariance_of(moments: Moments | NeuralCollapse) -> Tensor:
+    """Return the covariance of all rows: of the classes' means and around them, where there are classes.
+
+    >>> moments = NeuralCollapse(2, 1)
+    >>> moments.update(torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([0, 0, 1]))
+    >>> round(float(covariance_of(moments)), 4)  # the variance of 0, 2 and 4
+    2.6667
+    """
+    if not isinstance(moments, NeuralCollapse):
+        return Moments.compute(moments).covariance
+    means, within, counts = ClassMoments.compute(moments)
+    share = (counts.to(means) / counts.sum())[:, None]
+    seen = counts > 0
+    centred = (means - (share * means)[seen].sum(0))[seen]
+    return within + centred.T @ (share[seen] * centred)
+
+
+def constant(summary: Summary) -> bool:
+    """Whether all rows are the same, up to the rounding of their mean."""
+    variance = float(covariance_of(summary.whole()).trace())
+    return variance <= 1e-20 * float(summary.sample.features.double().square().sum(1).mean())
 
 
 class _Tally:
