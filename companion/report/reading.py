@@ -222,7 +222,7 @@ def extract(
     """Run a model over a loader and write features, logits and labels to files, batch by batch.
 
     Args:
-        model: any module; it is put into eval mode meanwhile.
+        model: any module; meanwhile it is in eval mode and on the device.
         loader: gives batches: inputs, or (inputs, labels, ...).
         folder: where the files go.
         layer: whose output is taken, by its name in `model.named_modules()`. None: what the last `nn.Linear` reads.
@@ -258,6 +258,7 @@ def extract(
     if layer is not None:
         hooks.append(modules[layer].register_forward_hook(lambda module, inputs, output: seen.update(layer=output)))
     folder, was_training, same = Path(folder), model.training, bool(linear)
+    home = next((p.device for p in model.parameters()), None)
     writers = {"features": _Writer(folder / "features"), "logits": _Writer(folder / "logits")}
     labels: list[Tensor] = []
     try:
@@ -278,6 +279,8 @@ def extract(
         for hook in hooks:
             hook.remove()
         model.train(was_training)
+        if home is not None:
+            model.to(home)
     paths = {name: writer.close() for name, writer in writers.items()}
     if paths["features"] is None:
         raise ValueError("expected a loader with at least one batch, got none")
