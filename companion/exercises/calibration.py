@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from companion.calibration import expected_calibration_error, nll_slope, sharpening_slopes
+from companion.calibration import binary_calibration_error, expected_calibration_error, nll_slope, sharpening_slopes
 from companion.exercises.core import Verdict, correct, not_yet
 
 __all__ = ["CHECKS"]
@@ -116,7 +116,92 @@ def _cancelling_groups(answer: Any) -> Verdict:
     return correct("Honest on average, and about nobody.")
 
 
+def _skill_by_hand(answer: Any) -> Verdict:
+    value = float(answer)
+    if math.isclose(value, -1 / 6, abs_tol=5e-3):
+        return correct("0.28 against 0.24: saying 0.8 to everybody is worse than saying 0.6.")
+    if math.isclose(value, 1 / 6, abs_tol=5e-3):
+        return not_yet("The sign: the model's error is larger than the base rate's, so its skill is negative.")
+    if math.isclose(value, 0.28, abs_tol=2e-3):
+        return not_yet("This is the Brier score. Divide it by that of the base rate, and subtract from 1.")
+    if math.isclose(value, 1 - 0.2 / 0.24, abs_tol=2e-3) or math.isclose(value, 0.2, abs_tol=1e-3):
+        return not_yet("0.2 is the calibration error. The Brier score squares the error of each single answer.")
+    return not_yet("Six times 0.2 squared, four times 0.8 squared, over ten: and the same for a model that says 0.6.")
+
+
+def _own_calibration_error(answer: Any) -> Verdict:
+    if not callable(answer):
+        return not_yet('Pass the function itself: `check("measuring-calibration/2", my_ece)`.')
+    generator = torch.Generator().manual_seed(31)
+    smooth = torch.rand(500, generator=generator, dtype=torch.float64)
+    edges = torch.arange(11, dtype=torch.float64).repeat(40) / 10
+    zeros = torch.zeros(40, dtype=torch.float64)
+    # outcomes that differ between an edge and what lies above it, so that the side of an edge matters
+    cases = (
+        (smooth, torch.rand(500, generator=generator) < smooth**2, 10, "smooth"),
+        (torch.cat([zeros, zeros + 0.02]), torch.arange(80) < 40, 10, "zero"),
+        (torch.cat([edges, edges[edges < 1] + 0.05]), torch.arange(840) < 440, 10, "edges"),
+    )
+    for confidence, outcome, n_bins, kind in cases:
+        wanted = binary_calibration_error(confidence, outcome, n_bins).item()
+        found = answer(confidence.clone(), outcome.clone(), n_bins)
+        if found is None or found is Ellipsis:
+            return not_yet("Your function returns nothing yet.")
+        found = float(found)
+        if math.isclose(found, wanted, abs_tol=1e-9):
+            continue
+        if kind == "zero":
+            return not_yet("A statement of exactly 0 lies in no bin (lo, hi]: it belongs to the first one.")
+        if kind == "edges":
+            return not_yet(
+                "Bins are (lo, hi]: a statement on an edge belongs to the bin below it, also after rounding."
+            )
+        if math.isclose(found, binary_calibration_error(confidence, outcome, n_bins, "max").item(), abs_tol=1e-9):
+            return not_yet("This is the largest gap. The ECE is their mean, weighted by how many samples a bin holds.")
+        return not_yet(
+            f"On 500 random statements it should be {wanted:.4f}, yours is {found:.4f}: are the gaps weighted?"
+        )
+    return correct("Also at the edges, where most implementations differ.")
+
+
+def _broken_bins(answer: Any) -> Verdict:
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        return not_yet("Pass a tuple of two: (confidence, correct).")
+    confidence, outcome = (torch.as_tensor(part).double() for part in answer)
+    if len(confidence) < 1000:
+        return not_yet(f"At least a thousand statements, yours has {len(confidence)}.")
+    coarse, fine = (binary_calibration_error(confidence, outcome, bins).item() for bins in (10, 100))
+    if coarse >= 0.01:
+        return not_yet(f"With ten bins the ECE is {coarse:.3f}: in each bin the rate has to equal the mean statement.")
+    if fine <= 0.2:
+        return not_yet(
+            f"With a hundred bins the ECE is only {fine:.3f}: within a bin, let the errors be as large as can be."
+        )
+    if torch.corrcoef(torch.stack([confidence, outcome]))[0, 1] >= 0:
+        return not_yet("Those who hear a higher chance should be right less often.")
+    return correct("Perfect in ten bins, and the wrong way round.")
+
+
+def _samples_needed(answer: Any) -> Verdict:
+    middle = (torch.arange(15).double() + 0.5) / 15
+    root = (2 / math.pi * middle * (1 - middle) / 15).sqrt().sum().item()
+    value, wanted = float(answer), (root / 0.02) ** 2
+    if math.isclose(value, wanted, rel_tol=0.1):
+        return correct(f"About {wanted:.0f}: the floor falls with the root of n only.")
+    if math.isclose(value, root / 0.02, rel_tol=0.1):
+        return not_yet("The floor falls with the root of n: square your answer.")
+    if math.isclose(value, 15 / (2 * math.pi * 0.02**2), rel_tol=0.05):
+        return not_yet("This is the bound, which takes every chance for one half. These are spread over [0, 1].")
+    return not_yet(
+        "Each bin holds n / 15 samples of about the same p. Sum the roots, set the floor to 0.02, solve for n."
+    )
+
+
 CHECKS: dict[str, Callable[[Any], Verdict]] = {
+    "measuring-calibration/1": _skill_by_hand,
+    "measuring-calibration/2": _own_calibration_error,
+    "measuring-calibration/3": _broken_bins,
+    "measuring-calibration/4": _samples_needed,
     "recalibration/1": _temperature_by_hand,
     "recalibration/2": _own_temperature,
     "recalibration/3": _narrow_miss,

@@ -253,6 +253,23 @@ class TestRaters:
         assert spread.item() == pytest.approx((0.36 + 1 / 12) ** 0.5, abs=0.02)  # Sheppard: bins add 1 / 12
         assert score_spread(two_point_label([3.0])).item() < 1e-6
 
+    def test_most_labels_keep_their_spread(self):
+        generator = torch.Generator().manual_seed(0)
+        mean = 1 + 4 * torch.rand(2000, generator=generator, dtype=torch.float64)
+        std = 0.3 + 0.3 * torch.rand(2000, generator=generator, dtype=torch.float64)
+        inner = (mean > 1.5) & (mean < 4.5)
+        found = score_spread(discretize_gaussian(mean, std))[inner]
+        assert (found - (std[inner].square() + 1 / 12).sqrt()).abs().mean() < 0.05
+
+    def test_where_nothing_is_negative_it_is_the_affine_repair(self):
+        mean, std = 2.6, 1.2
+        q = norm.cdf(torch.arange(1, 6) + 0.5, mean, std) - norm.cdf(torch.arange(1, 6) - 0.5, mean, std)
+        levels = torch.arange(1, 6).numpy()
+        alpha = (mean - 3) / (q @ (levels - 3))
+        expected = alpha * q + (1 - alpha * q.sum()) / 5
+        assert expected.min() > 0
+        assert discretize_gaussian([mean], [std])[0].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
     def test_other_levels(self):
         p = discretize_gaussian([30.0], [10.0], levels=(0, 25, 50, 75, 100))
         assert expected_score(p, (0, 25, 50, 75, 100)).item() == pytest.approx(30, abs=1e-4)

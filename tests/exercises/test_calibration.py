@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from companion.calibration import TemperatureScaler, nll_slope
+from companion.calibration import TemperatureScaler, binary_calibration_error, nll_slope
 from companion.exercises import judge
 from companion.exercises.calibration import CHECKS
 
@@ -37,7 +37,32 @@ def cancelling(n=4000, confidence=0.75, sure=1.0):
     return probs, labels, group
 
 
+def my_ece(confidence, correct, n_bins, closed="right", zero=True, weighted=True):
+    gaps, sizes = [], []
+    for k in range(n_bins):
+        low, high = k / n_bins, (k + 1) / n_bins
+        if closed == "right":
+            inside = (confidence > low) & (confidence <= high)
+        else:
+            inside = (confidence >= low) & ((confidence < high) | (k == n_bins - 1))
+        if k == 0 and zero:
+            inside |= confidence == 0
+        if inside.any():
+            gaps.append((confidence[inside] - correct[inside].to(confidence)).mean().abs().item())
+            sizes.append(int(inside.sum()) if weighted else 1)
+    return sum(g * n for g, n in zip(gaps, sizes)) / sum(sizes)
+
+
+def broken(high=0.49, n_right=454, n=1000, turned=False):
+    right = torch.arange(n) < n_right
+    return torch.where(right ^ turned, 0.41, high), right
+
+
 SOLUTIONS = {
+    "measuring-calibration/1": -1 / 6,
+    "measuring-calibration/2": my_ece,
+    "measuring-calibration/3": broken(),
+    "measuring-calibration/4": 3600,
     "recalibration/1": 3 / math.log(9),
     "recalibration/2": bisect,
     "recalibration/3": miss,
@@ -45,6 +70,24 @@ SOLUTIONS = {
 }
 
 WRONG = [
+    ("measuring-calibration/1", 1 / 6, "sign"),
+    ("measuring-calibration/1", 0.28, "This is the Brier score"),
+    ("measuring-calibration/1", 0.2, "calibration error"),
+    ("measuring-calibration/1", 0.7, "Six times"),
+    ("measuring-calibration/2", 0.1, "function itself"),
+    ("measuring-calibration/2", lambda c, o, b: None, "returns nothing"),
+    ("measuring-calibration/2", lambda c, o, b: my_ece(c, o, b, zero=False), "belongs to the first"),
+    ("measuring-calibration/2", lambda c, o, b: my_ece(c, o, b, closed="left"), "bin below it"),
+    ("measuring-calibration/2", lambda c, o, b: my_ece(c, o, b, weighted=False), "weighted"),
+    ("measuring-calibration/2", lambda c, o, b: binary_calibration_error(c, o, b, "max"), "largest gap"),
+    ("measuring-calibration/3", torch.rand(5), "tuple of two"),
+    ("measuring-calibration/3", broken(n=100), "thousand"),
+    ("measuring-calibration/3", broken(n_right=300), "equal the mean statement"),
+    ("measuring-calibration/3", (torch.full((1000,), 0.5), torch.arange(1000) % 2), "only"),
+    ("measuring-calibration/3", broken(n_right=446, turned=True), "less often"),
+    ("measuring-calibration/4", 60, "square"),
+    ("measuring-calibration/4", 5968, "bound"),
+    ("measuring-calibration/4", 100000, "Sum the roots"),
     ("recalibration/1", math.log(9) / 3, "1 / T"),
     ("recalibration/1", 3 / 0.9, "odds"),
     ("recalibration/1", 3 / math.log10(9), "natural"),

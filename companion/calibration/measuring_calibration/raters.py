@@ -68,8 +68,9 @@ def discretize_gaussian(mean: Any, std: Any, levels: Sequence[float] = LEVELS, f
 
     for levels $c_k$ at distance $\delta$. The tails outside the bins are lost, so the q_k sum to less than one and
     their mean is off, most of all near the ends. The repair is $p_k = \alpha q_k + \beta$ with the two numbers that
-    make $\sum_k p_k = 1$ and $\sum_k c_k p_k = \mu$. Where that would need negative probabilities (near the ends, or
-    for a tiny spread) the label is `two_point_label`, whose mean is exact too.
+    make $\sum_k p_k = 1$ and $\sum_k c_k p_k = \mu$. Probabilities that come out negative are set to 0; what this does
+    to the mean is undone by a factor $e^{t c_k}$, or, where it is more than a tenth of a level (at the ends, or for a
+    tiny spread), the label is `two_point_label`. The mean is exact in every case.
 
     Args:
         mean: (n,) mean opinion scores, within the levels.
@@ -108,9 +109,24 @@ def discretize_gaussian(mean: Any, std: Any, levels: Sequence[float] = LEVELS, f
     slope = ((c - middle) * (density[0] - density[1])).sum(1, keepdim=True) / (sigma * (2 * torch.pi) ** 0.5)
     at_middle = (mu - middle).abs() < 1e-6 * half
     alpha = torch.where(at_middle, 1 / slope, (mu - middle) / torch.where(moment == 0, 1, moment))
-    p = alpha * q + (1 - alpha * mass) / len(c)
-    exact = ((p * (c - mu)).sum(1).abs() < 1e-6) & (p.amin(1) >= 0) & (alpha[:, 0] > 0)
+    p = (alpha * q + (1 - alpha * mass) / len(c)).clamp(min=0)
+    p = p / p.sum(1, keepdim=True).clamp(min=1e-12)
+    close = ((p * (c - mu)).sum(1).abs() < 0.1 * (c[1] - c[0])) & (alpha[:, 0] > 0)
+    p = _tilted(p, c, mu)
+    exact = close & ((p * (c - mu)).sum(1).abs() < 1e-7 * (c[1] - c[0]))
     return torch.where(exact[:, None], p, two_point_label(mu[:, 0], levels)).to(mean.dtype)
+
+
+def _tilted(p: Tensor, c: Tensor, mu: Tensor) -> Tensor:
+    """Return p_k e^(t c_k), normalised, with the t of each row that gives it the mean mu: the nearest label in KL."""
+    x, t = (c - mu) / (c[1] - c[0]), torch.zeros_like(mu)
+    for _ in range(20):  # Newton's method on a convex function whose gradient is the mean of x
+        tilted = p * (t * x).exp()
+        tilted = tilted / tilted.sum(1, keepdim=True).clamp(min=1e-300)
+        first = (tilted * x).sum(1, keepdim=True)
+        variance = (tilted * x.square()).sum(1, keepdim=True) - first.square()
+        t = t - (first / variance.clamp(min=1e-3)).clamp(-2, 2)
+    return tilted
 
 
 def _decode(probs: Any, levels: Any) -> tuple[Tensor, Tensor]:
