@@ -69,9 +69,9 @@ new-chapter: $(READY) ## theme=... name=...: text, module, test and register fil
 	$(PY) tools/new_chapter.py "$(theme)" "$(name)"
 
 bench: $(READY) ## side by side with the libraries people would otherwise pick
-	$(PY) benchmarks/run.py
+	PIP_ARGS='$(PIP_ARGS)' $(PY) benchmarks/run.py
 
 clean: ## everything made, the environment included
-	rm -rf .venv _build .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv benchmarks/.venv _build .pytest_cache .ruff_cache *.egg-info
 	rm -rf book/reference/api book/reference/papers.md book/reference/claims.md book/reference/bibliography.md book/reference/references.bib
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

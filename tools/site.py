@@ -27,9 +27,10 @@ HTML = ROOT / "_build" / "html"
 def build() -> int:
     """Build everything from nothing, so that no warning hides in an earlier build. Returns the exit status."""
     sys.path.insert(0, str(ROOT / "tools"))
+    import benchmark_page
     import index_pages
 
-    counts = index_pages.build(ROOT)
+    counts = index_pages.build(ROOT) | {"benchmarks": benchmark_page.build(ROOT)}
     print("generated pages: " + ", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
     shutil.rmtree(ROOT / "_build", ignore_errors=True)
     start = "from jupyter_book.cli.main import main; main()"
