@@ -254,6 +254,12 @@ def write_answers(path: Any, answers: Answers) -> None:
         path: where to; an existing file is replaced.
         answers: what to write.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_answers(f"{folder}/answers.jsonl", make_answers(3, generator=0))
+    ...     read_answers(f"{folder}/answers.jsonl").task_id
+    ['task/0', 'task/1', 'task/2']
+
     Paper: spiess2024calibration
 
     Chapter: calibration/measuring-calibration
@@ -403,6 +409,11 @@ def complete(models: Callable[[Tensor], Tensor], sums: Arithmetic) -> tuple[Tens
 
     Returns:
         (characters (m, n, 3), their log-probabilities (m, n, 3)).
+
+    >>> sums = make_arithmetic(5, generator=0)
+    >>> characters, logprobs = complete(lambda x: torch.zeros(2, 5, 12), sums)  # two models that know nothing
+    >>> characters.shape, logprobs.exp().mean().item()
+    (torch.Size([2, 5, 3]), 0.0833...)
 
     Paper: spiess2024calibration
 

@@ -160,6 +160,11 @@ class EmpiricalTargets:
     Raises:
         ValueError: shapes that differ, outcomes other than 0 and 1.
 
+    >>> targets = EmpiricalTargets([[-2.0], [-1.0], [1.0], [2.0]], [0, 1, 1, 1], n_bins=2)
+    >>> targets.refresh(0, lambda x: x)  # after an ordinary epoch: the rates in two bins of the predictions
+    >>> targets.targets
+    tensor([0.5000, 0.5000, 1.0000, 1.0000])
+
     Paper: liu2022deep
 
     Chapter: calibration/measuring-calibration
