@@ -29,6 +29,24 @@ def drop_remote_scripts(app, pagename, templatename, context, doctree):
             context[kind] = [asset for asset in context[kind] if "thebe" not in _text(asset)]
 
 
+def share_navigation(app):
+    """Resolve the navigation once for all pages of source code, where it is the same: it was half of the build."""
+    resolve = getattr(app.builder, "_get_local_toctree", None)
+    if resolve is None:
+        return
+    known = {}
+
+    def resolved(docname, collapse=True, **keywords):
+        if not docname.startswith("_modules/"):
+            return resolve(docname, collapse=collapse, **keywords)
+        key = docname.count("/"), collapse, tuple(sorted(keywords.items()))  # links depend on the depth of the page
+        if key not in known:
+            known[key] = resolve(docname, collapse=collapse, **keywords)
+        return known[key]
+
+    app.builder._get_local_toctree = resolved
+
+
 def _text(asset) -> str:
     attributes = getattr(asset, "attributes", None) or {}
     return f"{getattr(asset, 'filename', '')} {attributes.get('body', '')} {asset if isinstance(asset, str) else ''}"
@@ -129,6 +147,7 @@ def public_bases(app, name, obj, options, bases):
 
 def setup(app):
     """Connect the hooks."""
+    app.connect("builder-inited", share_navigation)
     app.connect("html-page-context", drop_remote_scripts, priority=900)
     app.connect("autodoc-process-docstring", conventions, priority=600)
     app.connect("autodoc-skip-member", skip_inherited)
