@@ -81,7 +81,7 @@ def mixup_ufm_features(
         step = torch.linalg.solve(hessian, gradient)
         size = torch.ones(len(lam), 1, dtype=h.dtype, device=h.device)
         for _ in range(30):  # halve until every row improves: far from the optimum Newton overshoots
-            worse = objective(h - size * step) > objective(h)
+            worse = objective(h - size * step) > objective(h) + 1e-12  # rounding must not stop the last steps
             if not bool(worse.any()):
                 break
             size = torch.where(worse[:, None], size / 2, size)
