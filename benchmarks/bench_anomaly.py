@@ -47,6 +47,7 @@ def coreset(quick: bool) -> Comparison:
         lambda ours, theirs: len(ours) == size and radius(x, ours) <= 1.02 * radius(x, theirs),
         3.9,
         {"anomalib": "projects at random first, so that it covers less well"},
+        "each step reads all rows once: how fast memory is decides, and how much of it other programs use",
     )
 
 
@@ -74,6 +75,7 @@ def nearest_score(quick: bool) -> Comparison:
         {"anomalib": lambda: nearest_by_anomalib(x, memory), "faiss": lambda: nearest_by_faiss(x, memory)},
         close(1e-3),
         1.2,
+        limit="faiss selects while it multiplies, in compiled code",
     )
 
 

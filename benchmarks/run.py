@@ -165,7 +165,7 @@ def measure(quick: bool, only: list[str], out: Path, missing: dict[str, str]) ->
     cuda = torch.cuda.is_available()
     record: dict = {"date": date.today().isoformat(), "machine": machine(), "missing": missing, "absent": {}}
     record |= {"comparisons": [], "growth": [], "on_card": []}
-    seconds, rounds, repeats = (0.0, 2, 1) if quick else (8.0, 9, 3)
+    seconds, rounds, repeats = (0.0, 2, 1) if quick else (6.0, 9, 3)
     themes = [importlib.import_module(name) for name in THEMES]
 
     def wanted(makers):

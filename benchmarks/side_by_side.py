@@ -31,6 +31,7 @@ class Comparison:
         peers: name of a library -> runs it. A missing library is an ImportError on the first call.
         agrees: takes our result and a peer's.
         wanted: times the fastest peer's speed that we want to reach, from the design.
+        limit: what keeps us below that, where something does.
         differs: peers whose result is known to be another one, and why; they are timed all the same.
     """
 
@@ -40,6 +41,7 @@ class Comparison:
     agrees: Callable[[Any, Any], bool]
     wanted: float | None = None
     differs: dict[str, str] = field(default_factory=dict)
+    limit: str = ""
 
 
 def close(relative: float = 1e-3, absolute: float = 1e-6) -> Callable[[Any, Any], bool]:
@@ -54,7 +56,7 @@ def close(relative: float = 1e-3, absolute: float = 1e-6) -> Callable[[Any, Any]
 
 def compare(case: Comparison, seconds: float, rounds: int) -> dict:
     """Run one comparison and return its record; `failed` in it says that results disagree."""
-    record: dict[str, Any] = {"name": case.name, "wanted": case.wanted, "peers": {}}
+    record: dict[str, Any] = {"name": case.name, "wanted": case.wanted, "limit": case.limit, "peers": {}}
     print(f"\n{case.name}", flush=True)
     runs, slow = {"ours": case.ours}, set()
     with warnings.catch_warnings():
