@@ -179,6 +179,7 @@ def irregular_defects(
     level = order.gather(1, (pixels.flatten().long() - 1).clamp(min=0)[:, None])
     masks = height >= level[:, :, None]
     change = (0.15 + 0.4 * (2 * r[:, 3] % 1)) * torch.where(r[:, 3] < 0.5, -1.0, 1.0)
+    change, masks = change.to(images), masks.to(images.device)
     return (images + (change * masks)[:, None]).clamp(0, 1), masks
 
 
@@ -209,6 +210,7 @@ class SmallUNet(nn.Module):
             self.out = nn.Sequential(
                 nn.Conv2d(2 * width, width, 3, padding=1), nn.LeakyReLU(0.1), nn.Conv2d(width, 1, 3, padding=1)
             )
+        self.to(memory_format=torch.channels_last)  # a third less time on a processor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (n, h, w)."""
@@ -266,7 +268,7 @@ class CoarseToFine:
         x = self._input(damaged)
         sizes = masks.sum((1, 2), keepdim=True).clamp(min=1)
         weight = 1 + masks * 60 / sizes  # a small defect counts as much as a large one
-        self.net_ = SmallUNet(x.shape[1], self.width, seed=int(torch.randint(2**31, (), generator=g)))
+        self.net_ = SmallUNet(x.shape[1], self.width, seed=int(torch.randint(2**31, (), generator=g))).to(x.device)
         optimizer = torch.optim.Adam(self.net_.parameters(), lr=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=max(2, self.steps))
         half = x.shape[-1] // 2

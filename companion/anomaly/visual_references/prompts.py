@@ -136,11 +136,12 @@ def make_prompt_task(
     Paper: qu2025bayesian
     Chapter: anomaly/visual-references
     """
-    product = torch.randint(len(products), (n,), generator=generator)
-    labels = (torch.rand(n, n_patches, generator=generator) < 0.25).long()
-    mode = torch.randint(len(directions), (n, n_patches), generator=generator)
+    device = products.device  # drawn on the CPU, so that every device sees the same
+    product = torch.randint(len(products), (n,), generator=generator).to(device)
+    labels = (torch.rand(n, n_patches, generator=generator) < 0.25).long().to(device)
+    mode = torch.randint(len(directions), (n, n_patches), generator=generator).to(device)
     patches = products[product][:, None] + labels[..., None] * directions[mode]
-    return PromptTask(patches + noise * torch.randn(patches.shape, generator=generator), labels, product)
+    return PromptTask(patches + noise * torch.randn(patches.shape, generator=generator).to(device), labels, product)
 
 
 class PromptScorer(nn.Module):

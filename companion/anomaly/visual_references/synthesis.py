@@ -139,7 +139,7 @@ class AttributeTokenGenerator:
             Images and their masks (n, s, s) bool: the generator's own, not the renderer's.
         """
         n, _, h, w = images.shape
-        r = torch.rand(n, 3, generator=generator)
+        r = torch.rand(n, 3, generator=generator).to(images.device)
         turn = 2 * math.pi * r[:, 0]
         shift_x, shift_y = (2 * (0.25 + 0.5 * r[:, i]) - 1 for i in (1, 2))
         scale_x, scale_y = w / (2 * self.reach + 1), h / (2 * self.reach + 1)
@@ -153,12 +153,13 @@ class AttributeTokenGenerator:
             1,
         )
         grid = F.affine_grid(theta, [n, 1, h, w], align_corners=False)
+        shapes, contrasts = shapes.to(images.device), contrasts.to(images.device)
         shape = torch.stack(self.shapes_)[shapes][:, None]
         texture = torch.stack(self.textures_)[shapes][:, None]
         soft = F.grid_sample(shape, grid, align_corners=False)
         left_over = F.grid_sample(texture, grid, align_corners=False)
         masks = soft > 0.5
-        contrast = torch.tensor(self.contrasts_)[contrasts].view(n, 1, 1, 1)
+        contrast = torch.tensor(self.contrasts_, device=images.device)[contrasts].view(n, 1, 1, 1)
         return (images + contrast * masks + left_over * masks).clamp(0, 1), masks[:, 0]
 
 
@@ -190,7 +191,7 @@ def synth_augment(
     shapes = torch.randint(k, (n,), generator=generator)
     other = torch.randint(k, (n,), generator=generator)
     images, masks = generator_of_defects.sample(normal, shapes, other if recombine else shapes, generator)
-    whole = torch.arange(n) % 4 == 0
+    whole = torch.arange(n, device=normal.device) % 4 == 0
     images[whole], masks[whole] = normal[whole], False
     return images, masks
 
@@ -237,7 +238,7 @@ def train_segmenter(
     Chapter: anomaly/visual-references
     """
     g = torch.Generator().manual_seed(seed)
-    net = SmallUNet(1, seed=seed)
+    net = SmallUNet(1, seed=seed).to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))  # warm-up: no dead nets
     for _ in range(steps):

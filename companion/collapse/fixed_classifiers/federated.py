@@ -342,6 +342,8 @@ class FedLoGe(BaseEstimator):
                 }
             )
             local = [nn.Linear(self.dim, n_classes, bias=False) for _ in data]
+        device = data[0][0].device  # drawn on the CPU, so that every device starts from the same
+        model, local = model.to(device), [own.to(device) for own in local]
         sizes = [len(labels) for _, labels in data]
         for _ in range(self.rounds):
             states = []

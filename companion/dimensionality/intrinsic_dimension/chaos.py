@@ -87,8 +87,9 @@ def _coefficients(names: Sequence[str]) -> Tensor:
 def _velocity(coefficients: Tensor, state: Tensor) -> Tensor:
     """Return the right-hand side for states (s, b, 3)."""
     full = torch.nn.functional.pad(state, (1, 0), value=1.0)
-    monomials = full.index_select(-1, _LEFT) * full.index_select(-1, _RIGHT)  # (s, b, 10)
-    return monomials @ coefficients.mT
+    left, right = _LEFT.to(state.device), _RIGHT.to(state.device)
+    monomials = full.index_select(-1, left) * full.index_select(-1, right)  # (s, b, 10)
+    return monomials @ coefficients.to(state.device).mT
 
 
 def _tangent_velocity(coefficients: Tensor, state: Tensor, tangent: Tensor) -> Tensor:
@@ -310,14 +311,14 @@ class RandomFeatureForecaster(BaseEstimator):
             raise ValueError("expected coordinates that vary, got a constant one")
         n_features = check_positive_int(self.n_features, "n_features")
         shape = (delays * x.shape[1], n_features)
-        self.inner_ = self.scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-        self.bias_ = torch.randn(n_features, generator=generator, dtype=torch.float64)
+        self.inner_ = self.scale * torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
+        self.bias_ = torch.randn(n_features, generator=generator, dtype=torch.float64).to(x.device)
         u = (x - self.center_) / self.scale_
         windows = torch.cat([u[delays - 1 - j : len(u) - 1 - j] for j in range(delays)], 1)
         features, target = self._features(windows), u[delays:] - u[delays - 1 : -1]
         gram = features.T @ features
         penalty = check_in_range(self.ridge, "ridge", 0, inclusive="neither") * gram.diagonal().mean()
-        gram = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
+        gram = gram + penalty * torch.eye(len(gram)).to(gram)
         self.weights_ = torch.linalg.solve(gram, features.T @ target)
         self.n_features_in_ = x.shape[1]
         return self
@@ -340,7 +341,7 @@ class RandomFeatureForecaster(BaseEstimator):
             ValueError: a history of another shape.
         """
         check_is_fitted(self)
-        history = torch.as_tensor(history, dtype=torch.float64)
+        history = torch.as_tensor(history, dtype=torch.float64).to(self.weights_.device)
         if history.shape[-2:] != (self.delays, self.n_features_in_) or history.dim() not in (2, 3):
             raise ValueError(
                 f"expected history (..., {self.delays}, {self.n_features_in_}), got {tuple(history.shape)}"

@@ -127,7 +127,7 @@ def accuracy_points(
 
         def note(epoch: int, many: Any, rows: list[Tensor] = rows) -> None:
             if epoch + 1 in wanted:
-                right = (many(test.x).argmax(-1).cpu() == test.y).double()  # (m, n)
+                right = (many(test.x).argmax(-1).to(test.y.device) == test.y).double()  # (m, n)
                 rows.append(torch.stack([right[:, test.majority].mean(1), right[:, ~test.majority].mean(1)]))
 
         fit_many(
