@@ -1,6 +1,7 @@
 """Builds the site: `tools/site.py build` writes the generated pages, runs jupyter-book, and says how to open it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ FRONT = """<!DOCTYPE html>
 </body>
 </html>
 """
+ICON = re.compile(r"""(?:"([\w-]+)"|(\w+)):\[\d+,\d+,\[([^\]]*)\],"[0-9a-f]+",(?:"[^"]*"|\[[^\]]*\])\],?""")
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
 
@@ -41,11 +43,32 @@ def build() -> int:
     if done.returncode or not landing.exists():
         print(f"\nThe site did not build (exit status {done.returncode}): each warning above names the file to mend.")
         return done.returncode or 1
+    keep_used_icons(HTML)
     landing.write_text(FRONT, encoding="utf-8")
     print(
         f"\nThe site is in {HTML}\nOpen {landing.as_uri()} in a browser, or run `make serve` for http://127.0.0.1:8000"
     )
     return 0
+
+
+def keep_used_icons(html: Path) -> int:
+    """Drop the icons no page shows from the theme's script, which weighs more than a page. Returns the bytes saved."""
+    script = html / "_static" / "scripts" / "fontawesome.js"
+    if not script.exists():
+        return 0
+    readers = [path for kind in ("html", "js") for path in html.rglob(f"*.{kind}") if path != script]
+    used: set[str] = set()
+    for path in readers:
+        used.update(re.findall(r"\bfa-([a-z0-9-]+)", path.read_text(encoding="utf-8", errors="ignore")))
+    whole = script.read_text(encoding="utf-8")
+
+    def kept(match: re.Match) -> str:
+        names = {match[1] or match[2], *re.findall(r'"([\w-]+)"', match[3])}
+        return match[0] if names & used else ""
+
+    slim = ICON.sub(kept, whole)
+    script.write_text(slim, encoding="utf-8")
+    return len(whole) - len(slim)
 
 
 if __name__ == "__main__":

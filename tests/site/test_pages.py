@@ -1,5 +1,7 @@
 """The built site without a browser: everything is there, and every link inside it leads somewhere."""
 
+import functools
+import gzip
 import re
 from pathlib import Path
 
@@ -37,6 +39,24 @@ def test_images_have_alt_text(html):
 def test_nothing_is_loaded_from_elsewhere(html):
     found = pages.guard_loads(html)
     assert not found, "\n".join(found[:40])
+
+
+def test_no_page_weighs_more_than_a_megabyte(html):
+    """What a first visit transfers, as a server compresses it."""
+    found = []
+    for path in pages.pages(html):
+        targets = (pages.target(path, load, html) for load in pages.Page(path).loads)
+        files = {path, *(target[0] for target in targets if target and target[0].is_file())}
+        weight = sum(_transferred(file) for file in files)
+        if weight > 1e6:
+            found.append(f"{path.relative_to(html)}: {weight / 1e3:.0f} kB")
+    assert not found, "\n".join(found[:40])
+
+
+@functools.cache
+def _transferred(file):
+    content = file.read_bytes()
+    return len(gzip.compress(content, 6)) if file.suffix in (".html", ".css", ".js", ".svg") else len(content)
 
 
 def test_links_to_the_repository_lead_to_its_files(html):
