@@ -82,15 +82,20 @@ class TestHiddenChances:
         wide = empirical_probability(scores, y, bandwidth=1e3)
         assert wide.tolist() == pytest.approx([y.double().mean().item()] * 40, abs=1e-6)
 
-    def test_targets_alternate(self):
+    @pytest.mark.parametrize(
+        ("ratio", "ordinary"),
+        [(2, [0, 3, 6, 9]), (1, [0, 2, 4, 6, 8, 10]), (1 / 5, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]), (0, list(range(12)))],
+    )
+    def test_targets_alternate(self, ratio, ordinary):
         x, _, y = make_latent_probability(100, 3, generator=0)
-        targets = EmpiricalTargets(x, y, n_bins=5, ratio=2)
+        targets = EmpiricalTargets(x, y, n_bins=5, ratio=ratio)
         model = MLP((3, 8, 1), seed=0)
-        kinds = []
-        for epoch in range(6):
-            kinds.append(torch.equal(targets.targets, y))
+        found = []
+        for epoch in range(12):
+            if torch.equal(targets.targets, y):
+                found.append(epoch)
             targets.refresh(epoch, model)
-        assert kinds == [True, False, False, True, False, False]
+        assert found == ordinary
 
     def test_one_and_many_train_alike(self):
         x, _, y = make_latent_probability(200, 3, generator=0)
@@ -132,6 +137,8 @@ class TestHiddenChances:
             empirical_probability([0.1, 0.2], [1, 0], 3)
         with pytest.raises(ValueError, match="looks like confidences"):
             empirical_probability([1.0, 0.0], [0.3, 0.2], 1)
+        with pytest.raises(ValueError, match="ratio"):
+            EmpiricalTargets(x, y, ratio=-1)
         with pytest.raises(TypeError, match="Module"):
             CaPETrainer().fit(x, y)
         with pytest.raises(ValueError, match="keep"):

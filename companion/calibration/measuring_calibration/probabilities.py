@@ -4,6 +4,7 @@ Public: `make_latent_probability` and `LatentProbability`, `empirical_probabilit
 """
 
 import copy
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +151,8 @@ class EmpiricalTargets:
         x: training inputs (n, ...), or (m, n, ...) for m models.
         y: outcomes (n,) or (m, n).
         n_bins: bins of equally many samples, built anew from the current predictions before each calibrated epoch.
-        ratio: calibrated epochs per ordinary one; 0 trains on the outcomes only.
+        ratio: calibrated epochs per ordinary one; below 1, ordinary ones prevail (the published code: 1 / 5), and 0
+            trains on the outcomes only.
         bandwidth: uses a kernel of this width in place of bins.
 
     Attributes:
@@ -170,14 +172,14 @@ class EmpiricalTargets:
     Chapter: calibration/measuring-calibration
     """
 
-    def __init__(self, x: Any, y: Any, n_bins: int = 10, ratio: int = 3, bandwidth: float | None = None):
+    def __init__(self, x: Any, y: Any, n_bins: int = 10, ratio: float = 3, bandwidth: float | None = None):
         self.x = as_tensor(x, "x")
         y = as_tensor(y, "y")
         check_outcome(y.flatten(), y.numel(), y.device)
         if self.x.shape[: y.dim()] != y.shape:
             raise ValueError(f"expected one outcome per input, got x {tuple(self.x.shape)} and y {tuple(y.shape)}")
         self.y = y.to(torch.get_default_dtype())
-        self.n_bins, self.ratio = check_positive_int(n_bins, "n_bins"), check_positive_int(ratio, "ratio", minimum=0)
+        self.n_bins, self.ratio = check_positive_int(n_bins, "n_bins"), check_in_range(ratio, "ratio", 0)
         self.bandwidth = bandwidth
         self.targets = self.y
         self.index = torch.arange(y.shape[-1]).expand(y.shape).contiguous()
@@ -187,8 +189,10 @@ class EmpiricalTargets:
         return x, torch.take_along_dim(self.targets.to(x.device), index, -1)
 
     def refresh(self, epoch: int, model: Any) -> None:
-        """Set the targets of the next epoch; every (ratio + 1)-th epoch, the first among them, is an ordinary one."""
-        if (epoch + 1) % (self.ratio + 1) == 0:
+        """Set the targets of the next epoch; calibrated ones come evenly spaced, after an ordinary first."""
+        ratio = Fraction(self.ratio).limit_denominator(1000)
+        share, following = ratio / (1 + ratio), epoch + 1
+        if int(share * (following + 1)) == int(share * following):  # the count of calibrated epochs does not grow
             self.targets = self.y
             return
         with torch.no_grad():
@@ -205,13 +209,13 @@ class CaPETrainer(BaseEstimator):
     r"""Train a network to state chances: cross-entropy until it starts to memorise, then calibrated targets.
 
     First, ordinary training on the outcomes; the weights with the lowest validation loss are kept. From there, epochs
-    alternate: `ratio` epochs whose targets are `empirical_probability` of the current predictions, then one on the
+    alternate: `ratio` epochs whose targets are `empirical_probability` of the current predictions for each one on the
     outcomes. Again the weights with the lowest validation loss are kept.
 
     Args:
         model: a module with one output, the logit of the event. A copy is trained.
         n_bins: bins of the empirical probabilities.
-        ratio: calibrated epochs per ordinary one.
+        ratio: calibrated epochs per ordinary one, as in `EmpiricalTargets`.
         bandwidth: uses a kernel of this width in place of bins.
         warmup: epochs of the first phase, at most.
         epochs: epochs of the second phase; 0 is early stopping and nothing else.
@@ -242,7 +246,7 @@ class CaPETrainer(BaseEstimator):
         self,
         model: nn.Module | None = None,
         n_bins: int = 10,
-        ratio: int = 3,
+        ratio: float = 3,
         bandwidth: float | None = None,
         warmup: int = 60,
         epochs: int = 60,
