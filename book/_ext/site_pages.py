@@ -145,8 +145,16 @@ def public_bases(app, name, obj, options, bases):
     bases[:] = shown
 
 
+def read_in_parallel(app, config):
+    """Two extensions forgot to say that they may: one numbers sections when all are read, one is for LaTeX alone."""
+    for name in ("sphinx_multitoc_numbering", "sphinx_jupyterbook_latex"):
+        if name in app.extensions:
+            app.extensions[name].parallel_read_safe = True
+
+
 def setup(app):
     """Connect the hooks."""
+    app.connect("config-inited", read_in_parallel)
     app.connect("builder-inited", share_navigation)
     app.connect("html-page-context", drop_remote_scripts, priority=900)
     app.connect("autodoc-process-docstring", conventions, priority=600)
