@@ -249,6 +249,8 @@ def _thin_half(answer: Callable) -> Verdict:
             return not_yet("One too many: the direction that REACHES the share belongs to the leading ones.")
         if torch.allclose(got, -(terms * values.flip(0))[:, leading:].sum(1), rtol=1e-4):
             return not_yet("Divide each square by its EIGENVALUE.")
+        if torch.allclose(got, -terms[:, leading:].sum(1) * (len(train) - 1) / len(train), rtol=1e-6):
+            return not_yet("Divide the scatter by n, not by n - 1.")
         if not torch.allclose(got, -terms[:, leading:].sum(1), rtol=1e-4):
             return not_yet(f"For a share of {share:g}, {leading} of {len(values)} directions have to go.")
     return correct("What good parts agree on: these directions hold little variance and most of the alarm.")

@@ -53,9 +53,9 @@ def normal_score(train, new, correction=0, centre=True):
     return -(z * torch.linalg.solve(off.T @ off / (len(train) - correction), z.T).T).sum(1)
 
 
-def thin_score(train, new, variance, extra=0, weigh=True, leading_only=False):
+def thin_score(train, new, variance, extra=0, weigh=True, leading_only=False, correction=0):
     off = train - train.mean(0)
-    values, vectors = torch.linalg.eigh(off.T @ off / len(train))
+    values, vectors = torch.linalg.eigh(off.T @ off / (len(train) - correction))
     values, vectors = values.flip(0), vectors.flip(1)
     k = int((values.cumsum(0) / values.sum() < variance).sum()) + 1 - extra
     kept = slice(0, k) if leading_only else slice(k, None)
@@ -98,6 +98,7 @@ WRONG = [
     ("gaussian-features/3", lambda train, new, v: thin_score(train, new, v, leading_only=True), "LEADING"),
     ("gaussian-features/3", lambda train, new, v: thin_score(train, new, v, extra=1), "REACHES"),
     ("gaussian-features/3", lambda train, new, v: thin_score(train, new, v, weigh=False), "EIGENVALUE"),
+    ("gaussian-features/3", lambda train, new, v: thin_score(train, new, v, correction=1), "n - 1"),
     ("gaussian-features/4", (ring(), ring(60, 3.0)), "MEAN"),
     ("gaussian-features/4", (ring(), ring(60, 0.99)), "NEAR"),
     ("gaussian-features/4", (ring(50), ring(60, 0.1)), "200 to 2000"),
