@@ -15,9 +15,10 @@ __all__ = ["CHECKS"]
 
 
 def _lands(answer: tuple[float, float]) -> Verdict:
-    if not isinstance(answer, tuple | list) or len(answer) != 2:
+    ends = as_tensor(answer).flatten().tolist()
+    if len(ends) != 2:
         return not_yet("The answer should be a pair (low, high), the ends of the interval.")
-    low, high = (float(v) for v in as_tensor(answer))
+    low, high = ends
     if low > high:
         return not_yet("Write the smaller end first.")
     if abs(low - 0.35) < 0.005 and abs(high - 0.65) < 0.005:

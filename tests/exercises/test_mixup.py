@@ -32,7 +32,9 @@ def crowded(gap=0.2, spread=1.5, n=21):
 
 
 class TestMixupGeometry:
-    @pytest.mark.parametrize(("key", "answer"), [("1", (0.35, 0.65)), ("2", length), ("3", crowded())])
+    @pytest.mark.parametrize(
+        ("key", "answer"), [("1", (0.35, 0.65)), ("1", torch.tensor([0.35, 0.65])), ("2", length), ("3", crowded())]
+    )
     def test_solutions_are_correct(self, key, answer):
         assert judge(f"mixup-geometry/{key}", answer).state == "correct"
 

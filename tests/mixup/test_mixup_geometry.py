@@ -160,6 +160,7 @@ class TestRareFeatures:
         torch.testing.assert_close(mixed.x, 0.75 * x + 0.25 * x[partner])
         assert torch.equal(mixed.y_b, partner)
         assert float(mixed.lam) == 0.5
+        assert mix_apart(x, torch.arange(8), 1, 0).lam.is_floating_point()
 
     def test_early_stopping_stops(self, generator):
         x, y = torch.randn(6, 2, generator=generator), torch.arange(6)

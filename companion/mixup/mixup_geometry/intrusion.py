@@ -197,13 +197,15 @@ class AdaMixUp(nn.Module):
         lam = lower + u * width
         flat = lam[:, None] * x_a + (1 - lam)[:, None] * x_b
         real, x = x_a.unflatten(1, self.in_shape), flat.unflatten(1, self.in_shape)
+        logits = self.model(torch.cat([real, x.detach()]))
+        found = self.discriminator(torch.cat([x_a, flat.detach()]))[:, 0]
         return Paired(
-            real=self.model(real),
-            mixed=self.model(x.detach()),
+            real=logits[: len(x)],
+            mixed=logits[len(x) :],
             through=_frozen(self.model, x),
             lam=lam,
-            found_real=self.discriminator(x_a)[:, 0],
-            found_mixed=self.discriminator(flat.detach())[:, 0],
+            found_real=found[: len(x)],
+            found_mixed=found[len(x) :],
             fooled=_frozen(self.discriminator, flat)[:, 0],
             x=x,
         )

@@ -140,7 +140,8 @@ def mix_apart(x: Tensor, y: Tensor, lam_x: float, lam_y: float, generator: torch
     check_in_range(lam_y, "lam_y", low=0, high=1)
     home = "cpu" if generator is None else generator.device
     partner = torch.randperm(len(x), generator=generator, device=home).to(x.device)
-    return Mixed(torch.lerp(x[partner], x, lam_x), y, y[partner.to(y.device)], torch.tensor(lam_y, device=x.device))
+    mixed = x.index_select(0, partner).lerp_(x, lam_x)
+    return Mixed(mixed, y, y[partner.to(y.device)], torch.tensor(float(lam_y), device=x.device))
 
 
 class EarlyStoppedMixup:
