@@ -346,6 +346,7 @@ class TestWrongThings:
             ([2.0, -1.0, 0.5], [1, 0, 1], r"logits: pass sigmoid"),
             ([-0.2, -1.0, -3.0], [1, 0, 1], r"log-probabilities: pass exp"),
             ([90.0, 20.0, 55.0], [1, 0, 1], "percentages"),
+            ([3, 0, 1], [0.9, 0.3, 0.2], "looks like labels"),
             ([0.9, float("nan"), 0.1], [1, 0, 1], "NaN"),
             ([[0.9, 0.1], [0.2, 0.8]], [1, 0], "top_class"),
             ([1, 0, 1], [0.9, 0.3, 0.2], r"order is \(confidence, correct\)"),
@@ -357,6 +358,13 @@ class TestWrongThings:
     def test_errors_say_so(self, score, confidence, correct, match):
         with pytest.raises(ValueError, match=match):
             score(confidence, correct)
+
+
+@pytest.mark.parametrize("score", [mmce, debiased_ece, lambda probs, labels: CalibrationError().update(probs, labels)])
+def test_labels_in_place_of_probabilities(score):
+    probs, labels = draw(50)
+    with pytest.raises(ValueError, match="looks like labels"):
+        score(labels, probs)
 
 
 def test_devices_agree(device):

@@ -49,6 +49,7 @@ def check_confidence(confidence: Any, name: str = "confidence", *, device: torch
     tensor([0.2000, 1.0000])
     """
     confidence = as_tensor(confidence, name, device)
+    whole = not confidence.is_floating_point()
     if confidence.dim() == 2:
         raise ValueError(
             f"expected {name} of shape (n,), one number per sample, got shape {tuple(confidence.shape)}: "
@@ -58,6 +59,8 @@ def check_confidence(confidence: Any, name: str = "confidence", *, device: torch
     low, high = (v.item() for v in torch.aminmax(confidence.detach()))
     if low < 0 or high > 1:
         kind = "percentages: divide by 100" if low >= 0 and 1.5 < high <= 100 else f"logits: pass sigmoid({name})"
+        if whole and low >= 0:
+            kind = "labels (the order is confidences, then labels), or percentages: divide by 100"
         if high <= 0:
             kind = f"log-probabilities: pass exp({name})"
         raise ValueError(f"expected {name} in [0, 1], got values from {low:.4g} to {high:.4g}: looks like {kind}")
