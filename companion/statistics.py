@@ -109,7 +109,7 @@ def _centered_rows(rows: Tensor, mean: Tensor, y: Tensor | None = None) -> tuple
 
 
 def _corrected(centered: Tensor, rest: Tensor, count: Tensor) -> Tensor:
-    r"""Return the scatter around the exact means, $G - \sum_c n_c \delta_c\delta_c^\top$, of rows centred at rounded ones."""
+    r"""Return $G - \sum_c n_c \delta_c\delta_c^\top$: the scatter around exact means, from rows centred at rounded."""
     return (centered.T @ centered).to(rest.dtype) - (count[:, None] * rest).T @ rest
 
 

@@ -542,7 +542,7 @@ def test_every_figure_links_a_chapter_of_the_book(whole):
 
 def test_links_lead_to_a_site_where_one_is_named(whole, monkeypatch):
     monkeypatch.setenv("COMPANION_BOOK", "https://book.example/")
-    assert whole[0]["ece"].link == "https://book.example/calibration/recalibration.html"
+    assert whole[0]["ece"].link == "https://book.example/calibration/measuring-calibration.html"
 
 
 def test_json_is_strict_and_complete(whole, tmp_path):

@@ -73,9 +73,10 @@ def _crowded(answer: tuple[Any, Any]) -> Verdict:
 
 
 def _blended_pair(answer: tuple[float, float]) -> Verdict:
-    if not isinstance(answer, tuple | list) or len(answer) != 2:
+    pair = as_tensor(answer).flatten()
+    if len(pair) != 2:
         return not_yet("The answer should be a pair (loss, label).")
-    loss, label = (float(v) for v in answer)
+    loss, label = pair.tolist()
     if abs(loss - 0.225) < 0.002 and abs(label - 0.5) < 0.002:
         return correct("The pair pays in proportion, and equal parts cancel.")
     if abs(loss - 0.275) < 0.002:

@@ -29,10 +29,11 @@ RESAMPLES = 200
 BELIEF = "calibration (accuracy, ece, overconfidence, temperature)"
 WHO = "groups (class_gap, group_gap, follows_group)"
 ELSEWHERE = "strangers (ood_auroc, ood_confidence_auroc)"
-CALIBRATION = "calibration/recalibration"
+MEASURING = "calibration/measuring-calibration"
+RECALIBRATION = "calibration/recalibration"
 SUBGROUPS = "shortcuts/subgroups"
 CUES = "shortcuts/shortcut-learning"
-STRANGERS = "anomaly/visual-anomalies"
+STRANGERS = "anomaly/gaussian-features"
 
 
 def calibration(summary: Summary, seed: int) -> Found:
@@ -62,7 +63,7 @@ def calibration(summary: Summary, seed: int) -> Found:
         Estimate(accuracy, low, high),
         (most, None, f"at least {most:.3g}, what always naming the commonest class gives"),
         f"{accuracy:.1%} of the predictions are right.",
-        CALIBRATION,
+        MEASURING,
         summary.n,
     )
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +87,7 @@ def calibration(summary: Summary, seed: int) -> Found:
             _by_chance(bound, TOLERANCE, "a calibrated model shows"),
         ),
         f"Confidence and accuracy differ by {value:.1%} on average; {way}.",
-        CALIBRATION,
+        MEASURING,
         summary.n,
     )
     mean = float(gap.sum() / n)
@@ -98,7 +99,7 @@ def calibration(summary: Summary, seed: int) -> Found:
         Estimate(mean, mean - half, mean + half),
         (-TOLERANCE, TOLERANCE, "between -0.02 and 0.02 (a convention); above is overconfident, below underconfident"),
         f"On average it says {accuracy + mean:.1%} and is right in {accuracy:.1%} of the cases.",
-        CALIBRATION,
+        MEASURING,
         summary.n,
     )
     yield from _temperature(summary)
@@ -147,7 +148,7 @@ def _temperature(summary: Summary) -> Found:
         f"The logits are {best:.2f} times too large ({sense})."
         if best > 1.05 or best < 0.95
         else "The logits are about as large as they should be.",
-        CALIBRATION,
+        RECALIBRATION,
         len(y),
     )
 

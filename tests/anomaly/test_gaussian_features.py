@@ -316,6 +316,15 @@ class TestOOD:
         assert batched.classes_.tolist() == [0, 1, 2, 3]
         assert torch.equal(batched.counts_.cpu(), y.bincount())
 
+    def test_a_first_batch_that_is_refused_is_forgotten(self):
+        x, y = classes()
+        detector = MahalanobisOOD(shrinkage=0.0)
+        for few in (1, 2):
+            with pytest.raises(ValueError, match=r"at least 2|full rank"):
+                detector.partial_fit(x[:few] + 100, y[:few])
+        whole = MahalanobisOOD(shrinkage=0.0).fit(x, y)
+        torch.testing.assert_close(detector.partial_fit(x, y).ood_score(x), whole.ood_score(x))
+
     def test_announced_classes_without_samples_are_never_predicted(self):
         x, y = classes()
         known = y < 3

@@ -92,7 +92,8 @@ def ring(inner=0.2, shift=0.0):
 
 class TestMixingBeyondLabels:
     @pytest.mark.parametrize(
-        ("key", "answer"), [("1", (0.225, 0.5)), ("2", own_smote), ("3", price_history), ("4", ring())]
+        ("key", "answer"),
+        [("1", (0.225, 0.5)), ("1", torch.tensor([0.225, 0.5])), ("2", own_smote), ("3", price_history), ("4", ring())],
     )
     def test_solutions_are_correct(self, key, answer):
         assert judge(f"mixing-beyond-labels/{key}", answer).state == "correct"

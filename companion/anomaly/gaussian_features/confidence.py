@@ -106,12 +106,20 @@ class MahalanobisOOD(ClassLinear, ClassifierMixin, BaseEstimator):
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> "MahalanobisOOD":
         """Take in more samples, of known classes or of new ones; the result is that of one `fit`.
 
+        The first batch has to give a covariance already, as for `fit`; one that does not is refused and forgotten.
+
         Args:
             X: features (n, d).
             y: labels (n,).
             classes: labels still to come, as scikit-learn has it; not needed.
         """
-        return self._take(X, y, classes, reset=not hasattr(self, "stream_"))
+        first = not hasattr(self, "stream_")
+        try:
+            return self._take(X, y, classes, reset=first)
+        except ValueError:
+            if first and hasattr(self, "stream_"):
+                del self.stream_
+            raise
 
     def _take(self, X: Any, y: Any, classes: Any, reset: bool) -> "MahalanobisOOD":
         if self.shrinkage != "oas":

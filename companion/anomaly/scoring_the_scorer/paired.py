@@ -28,8 +28,8 @@ class CategoryComparison(NamedTuple):
 class PairedComparison(NamedTuple):
     """Mean difference a - b with intervals, p-value, how often each wins, and the categories one by one.
 
-    `low` and `high` hold for these categories and new images of them; `low_new` and `high_new` for new categories
-    (NaN where there is only one).
+    `low` and `high` hold for these categories and new (defective) images of them; `low_new` and `high_new` for new
+    categories (NaN where there is only one).
     """
 
     difference: float
