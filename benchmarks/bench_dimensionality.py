@@ -129,6 +129,7 @@ def local_pca(quick: bool) -> Comparison:
         {"scikit-dimension": lambda: lpca_by_skdim(array, 100)},
         close(5e-2),
         12,
+        limit="most of it is an eigenvalue problem for every point, solved by LAPACK here and there",
     )
 
 

@@ -155,6 +155,7 @@ def test_the_parts_of_the_player_are_balanced(shown):
     "change", [{"frames": 1}, {"frames": []}, {"fps": 0}, {"fps": 100}, {"still": 3}, {"still": -4}]
 )
 def test_animations_that_cannot_be(shown, change):
+    before = plt.get_fignums()
     with pytest.raises(ValueError, match="expected"):
         animate(line, **{"frames": 3, **WORDS, **change})
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before

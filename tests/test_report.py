@@ -605,12 +605,13 @@ def test_table_text_and_figure(whole):
     assert "<table" in table._repr_html_()
     for finding in found.findings:
         assert finding.meaning in str(found)
-    figure = found.figure()
-    assert len(figure.axes) == 4
     from matplotlib import pyplot as plt
 
+    before = plt.get_fignums()
+    figure = found.figure()
+    assert len(figure.axes) == 4
     plt.close(figure)
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before
     plt.close(checkup(whole[1]).figure())
     with pytest.raises(KeyError, match="there are"):
         found["nothing"]

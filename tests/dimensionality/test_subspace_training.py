@@ -333,7 +333,7 @@ class TestHyperNetworks:
         torch.testing.assert_close(written[0], 0.05 * written[2])
         torch.testing.assert_close(written[1], 0.5 * written[2])
         ratio = hyper.weight_scale(gammas)
-        assert float(ratio[2] / ratio[0]) == pytest.approx(20, rel=1e-4)
+        assert (ratio[2] / ratio[0]).item() == pytest.approx(20, rel=1e-4)
 
     def test_circle_has_constant_length(self, generator):
         c = torch.rand(50, 3, generator=generator)

@@ -399,7 +399,7 @@ class TestPrimalDual:
             with torch.no_grad():
                 w -= 0.02 * slope
             learner.update(constrained)
-        assert float(w) == pytest.approx(1, abs=1e-2)
+        assert w.item() == pytest.approx(1, abs=1e-2)
         assert float(learner.duals_) == pytest.approx(1, abs=1e-2)
 
     def test_prices_rise_fall_and_stay_in_their_bounds(self):

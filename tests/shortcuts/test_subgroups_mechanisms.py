@@ -521,6 +521,7 @@ def test_z_test_agrees_with_the_chi_square(generator):
     assert np.allclose(recall_tests(recalls)[0].numpy(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric Intersectional:UserWarning")  # on purpose
 def test_intersections_refuse(generator):
     metric = IntersectionalRecall(2, (2,))
     with pytest.raises(ValueError, match="at least one sample"):
