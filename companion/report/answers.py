@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from companion.anomaly import mahalanobis
 from companion.calibration import TemperatureScaler
 from companion.collapse import NeuralCollapse
 from companion.ranking import auroc, bootstrap_interval, fpr_at_tpr
@@ -303,7 +304,7 @@ def strangers(summary: Summary, seed: int) -> Found:
             distance = _mahalanobis(rest, summary.n)
             scores[part == g] = distance(summary.sample.features[part == g])
             theirs.append(distance(summary.outliers))
-    except (ValueError, torch.linalg.LinAlgError) as error:
+    except ValueError as error:
         yield Skipped(ELSEWHERE, f"no distance can be computed: {error}")
         return
     if not theirs:
@@ -344,13 +345,9 @@ def _mahalanobis(moments: Moments | NeuralCollapse, n: int) -> Callable[[Tensor]
         means = mean[None]
     d = len(covariance)
     covariance = shrunk_covariance(covariance, d / (n + d))  # the sampling error of S is of the order d / n
-    factor = torch.linalg.cholesky(covariance)
-    centre = means.mean(0)
-    white = torch.linalg.solve_triangular(factor, (means - centre).T, upper=False).T
 
     def distance(x: Tensor) -> Tensor:
-        rows = torch.linalg.solve_triangular(factor, (x.to(centre) - centre).T, upper=False).T
-        return torch.cat([torch.cdist(part, white).amin(1) for part in rows.split(4096)]) if len(rows) else rows[:, 0]
+        return mahalanobis(x.to(means), means, covariance).amin(1).sqrt() if len(x) else means.new_zeros(0)
 
     return distance
 
