@@ -13,6 +13,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -104,14 +106,20 @@ def show(fig: Figure, *, alt: str, caption: str) -> None:
         caption: what the figure finds, in a sentence.
 
     Raises:
-        ValueError: alt text or caption are missing, or the alt text only repeats the caption.
+        ValueError: alt text or caption are missing, the alt text only repeats the caption, or a panel is empty: nothing
+            was drawn in it, or nothing but NaN.
         TypeError: fig is no figure.
     """
     if not isinstance(fig, Figure):
         raise TypeError(f"expected a matplotlib figure, got {type(fig).__name__}")
     try:
         alt, caption = _words(alt, caption)
-        for ax in fig.axes:
+        for place, ax in enumerate(fig.axes, 1):
+            if ax.axison and ax.get_visible() and not _shows_something(ax):
+                raise ValueError(
+                    f"expected something to see in each panel, got nothing, or nothing but NaN, in panel {place} of"
+                    f" {len(fig.axes)}; ax.set_axis_off() leaves one out"
+                )
             if ax.images:
                 ax.grid(False)  # lines across a picture hide it
         image = _picture(fig, 2 * DPI)
@@ -123,6 +131,19 @@ def show(fig: Figure, *, alt: str, caption: str) -> None:
         "text/plain": f"Figure: {caption}\n[{alt}]",
     }
     put(bundle)
+
+
+def _shows_something(ax: Axes) -> bool:
+    """Say whether axes have a picture, a shape, a text, or a point or line that is not all NaN."""
+    if ax.images or ax.patches or ax.texts or ax.tables:
+        return True
+    points = [line.get_xydata() for line in ax.lines]
+    for collection in ax.collections:
+        if isinstance(collection, PathCollection):  # points; the rest are lines and areas
+            points.append(collection.get_offsets())
+        else:
+            points.extend(path.vertices for path in collection.get_paths())
+    return any(np.isfinite(np.ma.filled(np.ma.asarray(xy, dtype=float), np.nan)).all(1).any() for xy in points)
 
 
 def animate(

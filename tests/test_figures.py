@@ -82,6 +82,47 @@ def test_no_picture_without_words(shown, words):
         animate(line, 3, **words)
 
 
+NOTHING = {
+    "not drawn in": lambda ax: None,
+    "a line of NaN": lambda ax: ax.plot([0, 1], [np.nan, np.nan]),
+    "never both finite": lambda ax: ax.plot([0, np.nan], [np.nan, 1]),
+    "an empty line": lambda ax: ax.plot([], [], label="none"),
+    "points of NaN": lambda ax: ax.scatter([0.0, np.nan], [np.nan, 1.0]),
+    "one point of NaN": lambda ax: ax.scatter([np.nan], [np.nan]),
+    "an area of NaN": lambda ax: ax.fill_between([0, 1], [np.nan] * 2, [np.nan] * 2),
+}
+SOMETHING = {
+    "one point": lambda ax: ax.scatter([0.0], [1.0]),
+    "a point beside NaN": lambda ax: ax.plot([0, 1], [np.nan, 1], "o"),
+    "bars": lambda ax: ax.bar([0, 1], [1, 2]),
+    "a picture": lambda ax: ax.imshow([[0, 1]]),
+    "an area": lambda ax: ax.fill_between([0, 1], [0, 1]),
+    "cells": lambda ax: ax.pcolormesh([[0, 1], [1, 0]]),
+    "a contour": lambda ax: ax.contour([[0, 1], [1, 0]]),
+    "bars of error": lambda ax: ax.errorbar([0], [1], yerr=[1], fmt="none"),
+    "words": lambda ax: ax.text(0, 0, "none found"),
+    "left out": lambda ax: ax.set_axis_off(),
+}
+
+
+@pytest.mark.parametrize("draw", NOTHING.values(), ids=NOTHING)
+def test_an_empty_panel_is_refused(shown, draw):
+    fig, axes = subplots(ncols=2)
+    line(axes[0])
+    draw(axes[1])
+    with pytest.raises(ValueError, match="panel 2 of 2"):
+        show(fig, **WORDS)
+    assert not plt.fignum_exists(fig.number)
+
+
+@pytest.mark.parametrize("draw", SOMETHING.values(), ids=SOMETHING)
+def test_a_panel_with_something_is_shown(shown, draw):
+    fig, ax = subplots()
+    draw(ax)
+    show(fig, **WORDS)
+    assert len(shown) == 1
+
+
 def test_only_figures_are_shown(shown):
     with pytest.raises(TypeError, match="matplotlib figure"):
         show(None, **WORDS)
