@@ -7,7 +7,8 @@ Six themes, one sub-package each, loaded when first used:
 ('dimensionality', 'collapse', 'mixup', 'calibration', 'shortcuts', 'anomaly')
 
 The foundation they share lies directly in this package: `runtime`, `neighbors`, `statistics`, `geometry`,
-`ranking`, `mixing`, `training`, `nets`, `data`; `claims`, `exercises`, `papers`, `figures` and `show` serve the book.
+`ranking`, `mixing`, `training`, `nets`, `layers`, `data`; `claims`, `exercises`, `papers`, `figures` and `show`
+serve the book.
 `companion.checkup(...)` asks all six of your own model, as `python -m companion checkup` does.
 """
 
@@ -27,6 +28,7 @@ FOUNDATION = (
     "mixing",
     "training",
     "nets",
+    "layers",
     "data",
     "claims",
     "exercises",

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 THEMES = ["dimensionality", "collapse", "mixup", "calibration", "shortcuts", "anomaly"]
-FOUNDATION = ["geometry", "mixing", "neighbors", "ranking", "statistics"]
+FOUNDATION = ["geometry", "layers", "mixing", "neighbors", "ranking", "statistics"]
 
 
 class Pretended(torch.Tensor):

@@ -460,6 +460,15 @@ def test_a_named_layer_is_averaged_over_space(small, tmp_path):
     assert "nc1" in checkup(model=model, loader=loader, layer="conv", device="cpu")
 
 
+def test_parts_of_a_model_keep_their_own_mode(small, tmp_path):
+    model, loader, *_ = small
+    model.train()
+    model.conv.eval()  # as people freeze a stem
+    extract(model, loader, tmp_path)
+    assert model.training
+    assert not model.conv.training
+
+
 def test_extraction_writes_shards(small, tmp_path, monkeypatch):
     monkeypatch.setattr("companion.report.reading._Writer.SHARD", 2000)
     model, loader, *_ = small

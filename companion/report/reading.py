@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from companion.checks import as_tensor, check_labels
 from companion.data.files import FeatureShards, load_labels
+from companion.layers import read_layers
 
 __all__ = ["Extracted", "Rows", "extract", "read_groups", "read_labels", "read_rows"]
 
@@ -244,41 +245,29 @@ def extract(
     ...     print(read_rows(found.features, "features").dim, tuple(found.weight.shape))
     3 (2, 3)
     """
-    modules = dict(model.named_modules())
-    linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if layer is None and not linear:
         raise ValueError("expected layer= for a model without an nn.Linear: name one of its modules")
-    if layer is not None and layer not in modules:
-        near = ", ".join(name for name in modules if name)[:200]
-        raise ValueError(f"expected layer to be the name of a module, got {layer!r}; there are {near}")
-    seen: dict[str, Tensor] = {}
-    hooks = []
-    if linear:
-        hooks.append(linear[-1].register_forward_pre_hook(lambda module, inputs: seen.update(head=inputs[0])))
-    if layer is not None:
-        hooks.append(modules[layer].register_forward_hook(lambda module, inputs, output: seen.update(layer=output)))
-    folder, was_training, same = Path(folder), model.training, bool(linear)
+    folder, head, wanted = Path(folder), linear[-1:], [""] if layer is None else ["", layer]  # "" is the model itself
+    same = bool(head)  # whether the features are what the head reads
     home = next((p.device for p in model.parameters()), None)
     writers = {"features": _Writer(folder / "features"), "logits": _Writer(folder / "logits")}
     labels: list[Tensor] = []
     try:
-        model.to(device).eval()
+        model.to(device)
         with torch.no_grad():
             for batch in progress(loader):
                 x, y = _unpacked(batch)
-                seen.clear()
-                z = model(x.to(device))
-                h = _matrix(seen.get("head" if layer is None else "layer"), layer)
-                same = same and "head" in seen and h.shape == seen["head"].shape and torch.equal(h, seen["head"])
+                outputs, inputs = read_layers(model, x.to(device), outputs_of=wanted, inputs_of=head)
+                z, read = outputs[""], inputs.get(head[0]) if head else None
+                h = _matrix(read if layer is None else outputs.get(layer), layer)
+                same = same and isinstance(read, Tensor) and h.shape == read.shape and torch.equal(h, read)
                 writers["features"].add(h)
                 if isinstance(z, Tensor) and z.dim() == 2 and z.shape[1] > 1:
                     writers["logits"].add(z)
                 if y is not None:
                     labels.append(torch.as_tensor(y).cpu())
     finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
         if home is not None:
             model.to(home)
     paths = {name: writer.close() for name, writer in writers.items()}
@@ -288,9 +277,9 @@ def extract(
     if labels:
         where = folder / "labels.npy"
         np.save(where, check_labels(torch.cat(labels)).numpy())
-    head = linear[-1] if same else None
-    weight = None if head is None else head.weight.detach().cpu().clone()
-    bias = None if head is None or head.bias is None else head.bias.detach().cpu().clone()
+    last = model.get_submodule(head[0]) if same else None
+    weight = None if last is None else last.weight.detach().cpu().clone()
+    bias = None if last is None or last.bias is None else last.bias.detach().cpu().clone()
     return Extracted(paths["features"], paths["logits"], where, weight, bias)
 
 

@@ -4,6 +4,7 @@ Public: `FrozenFeatures`, `few_shot_accuracy`, `retrieval_map`.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from companion.anomaly.visual_anomalies.backbone import load_backbone
 from companion.checks import as_tensor, check_features, check_in_range, check_labels, check_positive_int
+from companion.layers import read_layers
 from companion.neighbors import knn
 from companion.runtime import device as pick_device
 
@@ -90,16 +92,26 @@ class FrozenFeatures(TransformerMixin, BaseEstimator):
         if self.pool not in POOLS:
             raise ValueError(f"expected pool among {POOLS}, got {self.pool!r}")
         where = pick_device(self.device)
-        read = self._reader().to(where)
+        read = self._reader(where)
         blocks = images.split(check_positive_int(self.batch_size, "batch_size"))
         rows = torch.cat([self._pooled(read(self._scaled(block.to(where, torch.float32)))) for block in blocks])
         return rows.to(X.device) if isinstance(X, Tensor) else rows.cpu().numpy()
 
-    def _reader(self) -> nn.Module:
+    def _reader(self, where: torch.device) -> Callable[[Tensor], list[Tensor]]:
         layers = [self.layer] if isinstance(self.layer, str) else self.layer
         if isinstance(self.model, str):
-            return load_backbone(self.model, layers)
-        return _Hooked(self.model, layers)
+            return load_backbone(self.model, layers).to(where)
+        model, names = self.model.to(where), layers or [""]
+
+        def read(images: Tensor) -> list[Tensor]:
+            outputs, _ = read_layers(model, images, outputs_of=names)
+            for name in names:
+                out = outputs.get(name)
+                if not isinstance(out, Tensor) or out.ndim < 2:
+                    raise ValueError(f"expected a tensor (n, ...) from layer {name!r}, got {type(out).__name__}")
+            return [outputs[name] for name in names]
+
+        return read
 
     def _scaled(self, images: Tensor) -> Tensor:
         for value, change in ((self.mean, torch.sub), (self.std, torch.div)):
@@ -122,40 +134,6 @@ def _pool(out: Tensor, pool: str) -> Tensor:
     if pool == "mean":
         return places.mean(2)
     return torch.cat([places.mean(2), places.std(2, correction=0)], 1)
-
-
-class _Hooked(nn.Module):
-    """Outputs of named layers, whatever their shape; the model is put back into the mode it was in."""
-
-    def __init__(self, model: nn.Module, layers: Any):
-        super().__init__()
-        names = dict(model.named_modules())
-        missing = [name for name in layers or () if name not in names]
-        if missing:
-            raise ValueError(f"expected layers among {list(names)[1:20]}, got {missing}")
-        self.model, self.layers = model, layers
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        kept: dict[str, Tensor] = {}
-        modules, training = dict(self.model.named_modules()), [m for m in self.model.modules() if m.training]
-        hooks = [
-            modules[name].register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
-            for name in self.layers or ()
-        ]
-        self.model.eval()
-        try:
-            out = self.model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module in training:
-                module.training = True
-        if not self.layers:
-            kept[""] = out
-        for name in self.layers or ("",):
-            if not isinstance(kept.get(name), Tensor) or kept[name].ndim < 2:
-                raise ValueError(f"expected a tensor (n, ...) from layer {name!r}, got {type(kept.get(name)).__name__}")
-        return [kept[name] for name in self.layers or ("",)]
 
 
 def few_shot_accuracy(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from companion.checks import as_tensor
+from companion.layers import read_layers
 
 __all__ = [
     "HookedBackbone",
@@ -198,17 +199,8 @@ class HookedBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map per layer."""
-        kept: dict[str, Tensor] = {}
-        modules = dict(self.model.named_modules())
-        hooks = [
-            modules[name].register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
-            for name in self.layers
-        ]
-        try:
-            self.model((images.expand(-1, len(self.mean.flatten()), -1, -1) - self.mean) / self.std)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        scaled = (images.expand(-1, len(self.mean.flatten()), -1, -1) - self.mean) / self.std
+        kept, _ = read_layers(self.model, scaled, outputs_of=self.layers)
         return [_as_map(kept.get(name), name) for name in self.layers]
 
 
