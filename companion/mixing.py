@@ -281,25 +281,25 @@ def _lerp(x: Tensor, partner: Tensor, lam: Tensor, out: Tensor | None) -> Tensor
 
 
 def _lerp_by_sample(x: Tensor, partner: Tensor, lam: Tensor, out: Tensor | None) -> Tensor:
-    """Mix one sample after the other, without a permuted copy of the batch; in place, one cycle after the other."""
+    """Mix one sample after the other, without a permuted copy of the batch.
+
+    The order follows the cycles of the permutation: the partner just read is the sample mixed next, while the
+    processor's cache still has it, and a mix in place has to remember one sample per cycle only.
+    """
     partners = partner.tolist()
     weights = (1 - lam).expand(len(x)).tolist()
     in_place = out is not None and _is_same(out, x)
     out = torch.empty_like(x) if out is None else out
-    if not in_place:
-        for i, j in enumerate(partners):
-            torch.lerp(x[i], x[j], weights[i], out=out[i])
-        return out
     done = [False] * len(x)
     for start in range(len(x)):
         if done[start]:
             continue
-        first, i = x[start].clone(), start
+        # the sample that closes the cycle meets the first one as it was
+        first, i = x[start].clone() if in_place else x[start], start
         while not done[i]:
             done[i] = True
             j = partners[i]
-            # the sample that closes the cycle meets the first one as it was
-            torch.lerp(x[i], first if j == start else x[j], weights[i], out=x[i])
+            torch.lerp(x[i], first if j == start else x[j], weights[i], out=out[i])
             i = j
     return out
 

@@ -159,6 +159,26 @@ def test_hadamard_transform_is_the_matrix(n, generator):
     torch.testing.assert_close(hadamard_transform(hadamard_transform(x)), n * x)
 
 
+@pytest.mark.parametrize("n", [2**11, 2**15, 2**16])
+def test_hadamard_transform_of_many_factors_has_the_sign_of_common_bits(n):
+    columns = torch.tensor([0, 1, 33, 1025, n // 2 + 5])
+    units = torch.nn.functional.one_hot(columns % n, n).float()
+    common = (columns % n)[:, None] & torch.arange(n)
+    odd = sum((common >> bit) & 1 for bit in range(17)) % 2
+    assert torch.equal(hadamard_transform(units), (1 - 2 * odd).float())
+
+
+def test_hadamard_transform_of_any_layout_and_number_of_axes(generator):
+    x = torch.randn(64, 3, 2, generator=generator, dtype=torch.float64)
+    turned = x.permute(2, 1, 0)  # not contiguous
+    expected = turned @ torch.as_tensor(hadamard(64), dtype=torch.float64)
+    torch.testing.assert_close(hadamard_transform(turned), expected)
+    assert hadamard_transform(torch.zeros(0, 64)).shape == (0, 64)
+    assert hadamard_transform(turned[0, 0]).shape == (64,)
+    batched = torch.func.vmap(hadamard_transform)(turned)
+    torch.testing.assert_close(batched, expected)
+
+
 def test_hadamard_transform_wants_a_power_of_two():
     with pytest.raises(ValueError, match="power of two, got 12"):
         hadamard_transform(torch.zeros(12))
@@ -205,6 +225,15 @@ def test_fastfood_never_materialises_the_matrix():
 def test_fastfood_gradient_is_the_transposed_map(generator):
     z = torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: fastfood(v, 13), (z,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fastfood_in_half_precision_stays_near_the_exact_projection(dtype, generator):
+    z = torch.randn(100, generator=generator).to(dtype)
+    exact = fastfood(z.double(), 3000)
+    error = (fastfood(z, 3000).double() - exact).norm() / exact.norm()
+    assert fastfood(z, 3000).dtype == dtype
+    assert error < 8 * torch.finfo(dtype).eps
 
 
 def test_fastfood_refuses_what_does_not_fit():

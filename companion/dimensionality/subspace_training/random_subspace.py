@@ -73,13 +73,22 @@ def hadamard_transform(x: Tensor) -> Tensor:
     n = x.shape[-1]
     if n < 1 or n & (n - 1):
         raise ValueError(f"expected the last axis to be a power of two, got {n}")
-    shape, bits = x.shape, n.bit_length() - 1
-    factors = -(-bits // _FACTOR_BITS)
+    return _scaled_transform(x, 1.0)
+
+
+def _scaled_transform(x: Tensor, scale: float) -> Tensor:
+    """Return scale * H_n x; the scale goes into one of the small matrices, where it costs nothing."""
+    shape, bits, stride = x.shape, x.shape[-1].bit_length() - 1, 1
+    factors = max(1, -(-bits // _FACTOR_BITS))
     for i in range(factors):
-        # equal factors; each turns to the front of the axis once, so that every product is one large matrix product
+        # equal factors, each multiplied from the left where the axis lies: nothing has to be turned around
         factor = 1 << (bits * (i + 1) // factors - bits * i // factors)
         h = _hadamard_matrix(factor, x)
-        x = (x.reshape(*shape[:-1], n // factor, factor) @ h).transpose(-1, -2)
+        if i == 0:
+            x = x.reshape(-1, factor) @ (scale * h)  # h is symmetric, and this is one large product
+        else:
+            x = h @ x.reshape(-1, factor, stride)
+        stride *= factor
     return x.reshape(shape)
 
 
@@ -149,10 +158,10 @@ def fastfood(
     if n != 1 << (dim - 1).bit_length() or blocks != -(-out_dim // n):
         raise ValueError(f"expected a draw for {dim} -> {out_dim} numbers, got one of {blocks} blocks of {n}")
     padded = nn.functional.pad(z, (0, n - dim)).unsqueeze(-2)
-    mixed = hadamard_transform(signs.to(z.dtype) * padded)  # (..., blocks, n)
+    # 1 / sqrt(n D), half before and half after, so that no intermediate leaves the range of a short float
+    mixed = _scaled_transform(signs.to(z.dtype) * padded, 1 / math.sqrt(n))  # (..., blocks, n)
     mixed = mixed.gather(-1, permutation.expand(mixed.shape)) * gaussians.to(z.dtype)
-    out = hadamard_transform(mixed).flatten(-2)[..., :out_dim]
-    return out / math.sqrt(n * out_dim)
+    return _scaled_transform(mixed, 1 / math.sqrt(out_dim)).flatten(-2)[..., :out_dim]
 
 
 def _sparse_draw(dim: int, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
