@@ -52,7 +52,6 @@ def coreset(quick: bool) -> Comparison:
         lambda ours, theirs: len(ours) == size and radius(x, ours) <= 1.02 * radius(x, theirs),
         3.9,
         {"anomalib": "projects at random first, so that it covers less well"},
-        "each step reads all rows once: how fast memory is decides, and how much of it other programs use",
     )
 
 

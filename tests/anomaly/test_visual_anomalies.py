@@ -10,7 +10,9 @@ from sklearn.base import clone
 from sklearn.covariance import LedoitWolf
 from sklearn.exceptions import NotFittedError
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from companion._products import product
 from companion.anomaly import (
     CoarseToFine,
     EfficientADDetector,
@@ -159,6 +161,24 @@ class TestBackbone:
         assert not torch.equal(net.stages[0][0].weight, fresh.stages[0][0].weight)
         assert not any(p.requires_grad for p in net.parameters())
 
+    @pytest.mark.parametrize("n", [0, 1, 8, 21])
+    def test_an_image_does_not_depend_on_those_beside_it(self, device, n):
+        x = torch.rand(n, 3, 32, 48, generator=torch.Generator().manual_seed(0)).to(device)
+        net = TextureNet(layers=(1, 3), seed=0).to(device)
+        near, far = net(x)
+        assert near.shape == (n, 32, 16, 24)
+        assert far.shape == (n, 48, 4, 6)
+        for maps, stage in ((near, 0), (far, 2)):
+            for image, one in zip(x, maps):
+                torch.testing.assert_close(net.maps(image[None])[stage][0], one, rtol=1e-4, atol=1e-5)
+
+    def test_blocks_leave_gradients_as_they_are(self):
+        x = torch.rand(11, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        net = texture_backbone()
+        net(x)[1].square().sum().backward()
+        (expected,) = torch.autograd.grad(net.maps(x)[2].square().sum(), x)
+        torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+
     def test_far_patches_do_not_depend_on_a_change(self):
         a = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
         b = a.clone()
@@ -225,6 +245,33 @@ class TestBackbone:
             load_backbone(f"{library}:resnet18")
 
 
+def farthest_points(x, n, start):
+    """The definition in float64: a distance to each chosen row, one at a time."""
+    x, chosen = x.double().cpu(), [start]
+    nearest = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    while True:
+        nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
+        nearest[chosen[-1]] = -torch.inf
+        if len(chosen) == n:
+            return chosen
+        chosen.append(int(nearest.argmax()))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                self.bytes = max(self.bytes, tensor.numel() * 4 if tensor.is_mkldnn else tensor.nbytes)
+        return out
+
+
 class TestKCenter:
     def test_against_brute_force(self):
         x = np.random.default_rng(0).normal(size=(200, 5))
@@ -242,9 +289,71 @@ class TestKCenter:
         assert torch.cdist(x, x[chosen]).amin(1).max() <= 2 * 0.15
         assert len(set((chosen // 25).tolist())) == 4
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("n", [1, 2, 50, 400])
+    def test_the_plain_algorithm_in_its_order(self, device, dtype, n):
+        """More rows than candidates, of several shapes: each is chosen where one distance at a time would choose it."""
+        g = torch.Generator().manual_seed(1)
+        centres = 4 * torch.randn(12, 6, generator=g)
+        clusters = centres[torch.randint(12, (3000,), generator=g)] + torch.randn(3000, 6, generator=g)
+        for x in (
+            torch.randn(3000, 20, generator=g),
+            torch.randn(3000, 2, generator=g),
+            clusters,
+            torch.randn(500, 9, generator=g).repeat(6, 1),
+        ):
+            x = x.to(device, dtype)
+            assert k_center(x, min(n, 60), start=5).tolist() == farthest_points(x, min(n, 60), 5)
+            if dtype == torch.float64:
+                assert k_center(x, n, start=5).tolist() == farthest_points(x, n, 5)
+
+    @pytest.mark.parametrize(
+        "x",
+        [
+            torch.cartesian_prod(torch.arange(64), torch.arange(64)),  # many ties in every step
+            torch.eye(64).repeat(32, 1),  # all far rows are equally far, and copies of each other
+            torch.zeros(2048, 3),
+            torch.tensor([0.0, 4.0, 1.0]).repeat(2048).view(-1, 3) * (torch.arange(2048) % 2)[:, None],
+        ],
+        ids=["grid", "one-hot", "one point", "two points"],
+    )
+    def test_ties_go_to_the_first(self, device, x):
+        x = x.float().to(device)
+        assert k_center(x, 300, start=7).tolist() == farthest_points(x, 300, 7)
+
     def test_duplicates_and_all_rows(self):
         x = torch.zeros(6, 3)
         assert sorted(k_center(x, 6).tolist()) == list(range(6))
+        assert k_center(x[:1], 1).tolist() == [0]
+        x = torch.randn(60, 384, generator=torch.Generator().manual_seed(0)).repeat(30, 1)
+        chosen = k_center(x, 1800)  # copies differ by rounding alone
+        assert sorted(chosen.tolist()) == list(range(1800))
+        assert (chosen[:60] % 60).unique().numel() == 60
+
+    @pytest.mark.parametrize("d", [2, 32])
+    def test_few_passes_over_the_rows(self, monkeypatch, d):
+        """A step of its own for each of the 500 rows would be 500 passes."""
+        module = __import__("companion.anomaly.visual_anomalies.memory", fromlist=["memory"])
+        calls = []
+        monkeypatch.setattr(module, "product", lambda *args: calls.append(args) or product(*args))
+        k_center(torch.randn(4 * module._BLOCK, d, generator=torch.Generator().manual_seed(0)), 500)
+        assert len(calls) <= 20 * 4
+
+    def test_memory_stays_bounded(self, device):
+        x = torch.randn(30_000, 4, generator=torch.Generator().manual_seed(0)).to(device)
+        with Largest() as largest:
+            k_center(x, 2000)
+        assert largest.bytes <= (32 if device.type == "cpu" else 512) * 2**20  # all distances would be 240 MB
+
+    def test_input_stays(self, device):
+        x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).to(device)
+        before = x.clone()
+        chosen = k_center(x, 10)
+        assert torch.equal(x, before)
+        assert torch.equal(k_center(x.clone().requires_grad_(), 10), chosen)
+        wide = torch.zeros(50, 16, device=device)
+        wide[:, ::2] = x
+        assert torch.equal(k_center(wide[:, ::2], 10), chosen)
 
     def test_far_from_the_origin(self):
         x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
@@ -255,6 +364,8 @@ class TestKCenter:
             k_center(torch.zeros(3, 2), 4)
         with pytest.raises(ValueError, match="start"):
             k_center(torch.zeros(3, 2), 1, start=3)
+        with pytest.raises(ValueError, match="overflow"):
+            k_center([[0.0], [1e20]], 1)
 
 
 class TestBaselines:

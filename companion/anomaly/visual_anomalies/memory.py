@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from companion._products import packed, product
 from companion.anomaly.visual_anomalies.detector import ImageDetector
 from companion.checks import check_features, check_positive_int
 from companion.neighbors import knn
@@ -15,12 +16,22 @@ from companion.statistics import ledoit_wolf
 
 __all__ = ["PatchGaussian", "PatchMemory", "k_center"]
 
+_CANDIDATES = 1024  # rows among which k_center takes its steps: few enough to stay in the cache
+_STRIDE = 16  # steps between looks at how far they have come, which on a graphics card are waits
+_BLOCK = 4096  # rows per product on a processor
+
 
 def k_center(x: Any, n: int, *, start: int | None = None) -> Tensor:
     r"""Return the indices of n rows that cover all rows: farthest-point selection.
 
     Each step takes $\arg\max_i \min_{j \in S} \lVert x_i - x_j \rVert$. The radius that is left is at most twice the
-    best possible one. Per step one matrix-vector product on cached norms, so memory stays at two vectors of length N.
+    best possible one.
+
+    Most steps are taken among the thousand rows that are farthest from what was chosen so far. The distance of a row
+    to the chosen ones never grows, so as long as the farthest of the thousand is farther than all the others were at
+    the beginning, it is the farthest of all: the rows are those of the plain algorithm, in its order. Then one matrix
+    product brings all distances up to date. Of equally far rows the first is taken; what differs by no more than
+    rounding may go either way. Memory: one centred copy of x.
 
     Args:
         x: rows (N, d).
@@ -31,33 +42,81 @@ def k_center(x: Any, n: int, *, start: int | None = None) -> Tensor:
         n different indices in the order they were chosen, int64.
 
     Raises:
-        ValueError: n larger than the number of rows, or a start outside them.
+        ValueError: n larger than the number of rows, a start outside them, or squares that overflow.
 
     >>> k_center([[0.0], [1.0], [5.0], [6.0]], 2).tolist()
     [0, 3]
 
     Chapter: anomaly/visual-anomalies
     """
-    x = check_features(x)
+    x = check_features(x).detach()
     check_positive_int(n, "n")
     if n > len(x):
         raise ValueError(f"expected n of at most {len(x)} rows, got {n}")
     if start is not None and not 0 <= start < len(x):
         raise ValueError(f"expected start among the {len(x)} rows, got {start}")
-    x = x - x.mean(0)
-    half = x.square().sum(1).div_(2)
-    chosen = half.argmax() if start is None else torch.tensor(start, device=x.device)
-    nearest = torch.full_like(half, torch.inf)
-    distance = torch.empty_like(half)
-    indices = torch.empty(n, dtype=torch.int64, device=x.device)
-    for step in range(n):
-        indices[step] = chosen
-        # half the squared distance: |x|^2 / 2 - x.c + |c|^2 / 2
-        torch.addmv(half, x, x[chosen], alpha=-1, out=distance)
-        torch.minimum(nearest, distance.add_(half[chosen]), out=nearest)
-        nearest[chosen] = -torch.inf  # never again, also among duplicates
-        chosen = nearest.argmax()
-    return indices
+    rows = _CentredRows(x)
+    chosen = rows.half.argmax(0, keepdim=True) if start is None else torch.tensor([start], device=x.device)
+    nearest = rows.nearest(torch.full_like(rows.half, torch.inf), chosen)
+    while len(chosen) < n:
+        candidates, level, last = _farthest(nearest, min(_CANDIDATES, len(x) - len(chosen)))
+        found, distances = _farthest_points(*rows[candidates], nearest[candidates], n - len(chosen), level)
+        found = candidates[found]
+        # farther than all that are no candidates; of those just as far all have higher indices than the last
+        sure = (distances > level) | ((distances == level) & (found <= last))
+        found = found[sure.cumprod(0).bool()]
+        chosen, nearest = torch.cat([chosen, found]), rows.nearest(nearest, found)
+    return chosen
+
+
+class _CentredRows:
+    """Rows around their mean, so that products of them keep their digits, and half the squares of their lengths."""
+
+    def __init__(self, x: Tensor):
+        self.x, self.dtype = x, torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        self.mean = x.mean(0, dtype=self.dtype)
+        self.blocks, self.half = [], torch.empty(len(x), dtype=self.dtype, device=x.device)  # (N,)
+        size = _BLOCK if x.device.type == "cpu" else 16 * _BLOCK
+        for block, half in zip(x.split(size), self.half.split(size)):
+            centred = block - self.mean
+            torch.sum(centred.square(), 1, out=half)
+            self.blocks.append(packed(centred))
+        self.half.div_(2)
+        if not bool(self.half.max() < torch.finfo(self.dtype).max / 4):
+            raise ValueError("expected rows whose squared distances do not overflow")
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x[indices].to(self.dtype) - self.mean, self.half[indices]
+
+    def nearest(self, nearest: Tensor, chosen: Tensor) -> Tensor:
+        """Return half the squared distance of each row to the nearest chosen one, once more were chosen."""
+        centres, half = self[chosen]
+        # |x - c|^2 / 2 = |x|^2 / 2 + (|c|^2 / 2 - x.c)
+        to_centres = torch.cat([product(block, -centres, half).amin(1) for block in self.blocks])
+        return torch.minimum(nearest, to_centres.add_(self.half).clamp_min_(0)).index_fill_(0, chosen, -torch.inf)
+
+
+def _farthest(nearest: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the m farthest rows in ascending order, the least of their distances, and the last row that has it."""
+    level = nearest.topk(m).values[-1]
+    above, tied = (nearest > level).nonzero().squeeze(1), (nearest == level).nonzero().squeeze(1)
+    tied = tied[: m - len(above)]
+    return torch.cat([above, tied]).sort().values, level, tied[-1]
+
+
+def _farthest_points(rows: Tensor, half: Tensor, nearest: Tensor, n: int, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Return up to n rows by plain farthest-point selection, and how far each was, until that falls below a level."""
+    order, distances, distance = [], [], torch.empty_like(half)
+    for step in range(min(n, len(rows))):
+        chosen = nearest.argmax(0, keepdim=True)
+        order.append(chosen)
+        distances.append(nearest.index_select(0, chosen))
+        if step % _STRIDE == 0 and bool(distances[-1] < level):
+            break
+        torch.addmv(half, rows, rows.index_select(0, chosen)[0], alpha=-1, out=distance)
+        torch.minimum(nearest, distance.add_(half.index_select(0, chosen)).clamp_min_(0), out=nearest)
+        nearest.index_fill_(0, chosen, -torch.inf)  # never again, also among duplicates
+    return torch.cat(order), torch.cat(distances)
 
 
 class PatchMemory(ImageDetector):
