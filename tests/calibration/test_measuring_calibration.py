@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from companion.calibration import classwise_ece, expected_calibration_error
+from companion.calibration import classwise_ece, expected_calibration_error, top_class
 
 
 def draw(n=500, n_classes=4, seed=0, dtype=torch.float64):
@@ -95,6 +95,48 @@ def test_chunks_change_nothing(norm, monkeypatch):
     whole = classwise_ece(probs, labels, norm=norm)
     monkeypatch.setattr("companion.calibration.measuring_calibration.errors._CHUNK", 28)
     assert classwise_ece(probs, labels, norm=norm).item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+def test_top_class_of_many_rows_with_ties(dtype, turned, monkeypatch):
+    monkeypatch.setattr("companion.calibration.measuring_calibration.errors._CHUNK", 1000)
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 4, (9_000, 8), generator=generator)  # most rows share their first place
+    counts[:, 0] += (counts.sum(1) == 0).long()
+    probs = (counts / counts.sum(1, keepdim=True)).to(dtype)
+    probs[:3] = torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0], dtype=dtype)
+    labels = torch.randint(0, 8, (9_000,), generator=generator)
+    labels[:2] = torch.tensor([0, 1])
+    given = probs.T.contiguous().T if turned else probs
+    before = given.clone()
+    confidence, correct = top_class(given, labels)
+    first = torch.tensor(np.array([row.index(max(row)) for row in probs.tolist()]))
+    assert torch.equal(correct, first == labels)
+    assert correct[:2].tolist() == [True, False]
+    assert torch.equal(confidence, probs.gather(1, first[:, None]).squeeze(1))
+    assert torch.equal(given, before)
+
+
+def test_many_rows_and_few_give_the_same_and_so_do_gradients():
+    probs, labels = draw(9_000, 20, dtype=torch.float32)
+    pieces = zip(probs.split(1_000), labels.split(1_000), strict=True)
+    whole, parts = top_class(probs, labels), [top_class(p, y) for p, y in pieces]
+    assert torch.equal(whole.confidence, torch.cat([part.confidence for part in parts]))
+    assert torch.equal(whole.correct, torch.cat([part.correct for part in parts]))
+    tracked = probs.clone().requires_grad_()
+    error = expected_calibration_error(tracked, labels)
+    error.backward()
+    assert error.item() == pytest.approx(expected_calibration_error(probs, labels).item(), abs=1e-12)
+    assert torch.equal((tracked.grad != 0).sum(1), torch.ones(9_000, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_bins", [3, 15, 100, 1000])
+def test_a_confidence_that_rounding_put_above_one_is_in_the_last_bin(n_bins, dtype):
+    above = torch.tensor([[1 + 1e-5, 0.0]], dtype=dtype)
+    assert expected_calibration_error(above, [0], n_bins).item() == pytest.approx(1e-5, rel=1e-2)
+    assert classwise_ece(above, [0], n_bins).item() == pytest.approx(5e-6, rel=1e-2)
 
 
 def test_certain_and_right_is_zero_certain_and_wrong_is_one():

@@ -120,6 +120,35 @@ class TestTemperature:
         double = TemperatureScaler().fit(logits.double(), labels).temperature_
         assert fitted == pytest.approx(double, rel=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("n_classes", [2, 30])
+    def test_the_start_from_a_sample_ends_where_all_rows_lead(self, dtype, n_classes, monkeypatch):
+        logits, labels = sampled_logits(9_000, n_classes, 2.5, dtype=dtype)
+        turned = logits.T.contiguous().T  # not contiguous
+        fitted = TemperatureScaler().fit(turned, labels).temperature_
+        assert abs(nll_slope(logits, labels, fitted)) < 1e-6
+        monkeypatch.setattr("companion.calibration.recalibration.temperature._SAMPLE", 10**9)
+        assert fitted == pytest.approx(TemperatureScaler().fit(logits, labels).temperature_, rel=1e-6)
+
+    def test_a_sample_that_misleads_is_not_believed(self):
+        # every third row is looked at first
+        sampled = torch.arange(12_300) % 3 == 0
+        informative = torch.tensor([1.0, 0.0]).repeat(12_300, 1)
+        labels = torch.where(torch.arange(12_300) % 15 == 0, 1, 0)  # one of five is wrong, all of them in the sample
+        assert bool(sampled[labels == 1].all())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fitted = TemperatureScaler().fit(informative, labels)
+        share = (labels == 0).double().mean().item()
+        assert fitted.temperature_ == pytest.approx(1 / math.log(share / (1 - share)), rel=1e-6)
+        with pytest.warns(ConvergenceWarning, match="no better than a guess"):  # all other rows are wrong
+            fitted = TemperatureScaler().fit(informative, torch.where(sampled, labels, 1))
+        assert fitted.temperature_ == pytest.approx(500.0)
+        easy = torch.where(sampled[:, None], torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]))
+        wrong = torch.where(torch.arange(12_300) % 15 == 1, 1, 0)  # none of them in the sample
+        fitted = TemperatureScaler().fit(easy, wrong)
+        assert abs(nll_slope(easy, wrong, fitted.temperature_)) < 1e-6
+
     def test_one_error_far_away(self):
         logits = torch.tensor([[1.0, 0.0]]).repeat(2000, 1)
         logits[0] = torch.tensor([1e-6, 0.0])

@@ -17,7 +17,7 @@ from companion.checks import check_in_range, check_labels, check_logits
 
 __all__ = ["TemperatureScaler", "nll_slope"]
 
-_CHUNK = 1 << 17  # logits per chunk: three buffers of this size stay in the cache of one core
+_CHUNK = 1 << 18  # logits per chunk: two buffers of this size stay in the cache
 _SAMPLE = 4096  # rows that give Newton its start
 _STEPS = 100  # bisection alone would be done by then
 
@@ -40,13 +40,15 @@ def _slopes(z: Tensor, y: Tensor, inverse: float, dtype: torch.dtype) -> tuple[f
     With u = b z the first is b dNLL/db = mean(E_p[u] - u_y) and the second b^2 d^2NLL/db^2 = mean(Var_p[u]).
     """
     n, n_classes = z.shape
-    rows = max(1, _CHUNK // n_classes)
+    rows = min(n, max(1, _CHUNK // n_classes))
+    buffers = torch.empty(2, rows, n_classes, dtype=dtype, device=z.device)
     first = second = 0.0
     for start in range(0, n, rows):
-        chunk = z[start : start + rows].to(dtype)
-        u = (chunk - chunk.amax(1, keepdim=True)).mul_(inverse)  # (rows, C), at most 0
+        chunk = z[start : start + rows]
+        u, weights = buffers[:, : len(chunk)]
+        u.copy_(chunk).sub_(chunk.amax(1, keepdim=True)).mul_(inverse)  # (rows, C), at most 0
         u_y = u.gather(1, y[start : start + rows, None]).squeeze(1)
-        weights = u.exp()
+        torch.exp(u, out=weights)
         total = weights.sum(1)
         mean = weights.mul_(u).sum(1).div_(total)  # E_p[u]
         square = weights.mul_(u).sum(1).div_(total)  # E_p[u^2]
@@ -90,23 +92,25 @@ def nll_slope(logits: Any, labels: Any, temperature: float = 1.0) -> float:
 
 def _newton(
     slopes: Callable[[float], tuple[float, float]], start: float, tolerance: float, steps: int = _STEPS
-) -> float:
-    """Return the inverse temperature at which the convex NLL is flat, by Newton's method inside a bracket."""
+) -> tuple[float, bool]:
+    """Return where the convex NLL is flat, by Newton's method inside a bracket, and whether it got there."""
     low, high, b = 0.0, float("inf"), start
     for _ in range(steps):
         first, second = slopes(b)
         if abs(first) <= tolerance * min(1, second):  # the slope is small, and so is the next relative step
-            break
+            return b, True
         low, high = (low, b) if first > 0 else (b, high)
         floor, ceiling = max(low, b / 8), min(high, b * 8)  # one-sided brackets grow by a factor of 8 at most
         proposal = b - b * first / second if second > 0 else 0.0
+        # Newton squares the relative error: after a step this small there is nothing left to look at
+        last = first * first <= 1e-2 * tolerance * min(second, 1) * second
         if not floor < proposal < ceiling:
             bracketed = low > 0 and high < float("inf")
-            proposal = (low * high) ** 0.5 if bracketed else (floor if first > 0 else ceiling)
-        if proposal == b:
-            break
+            proposal, last = (low * high) ** 0.5 if bracketed else (floor if first > 0 else ceiling), False
+        if last or proposal == b:
+            return proposal, True
         b = proposal
-    return b
+    return b, False
 
 
 class TemperatureScaler(BaseEstimator):
@@ -163,15 +167,9 @@ class TemperatureScaler(BaseEstimator):
             raise ValueError(f"expected bounds with low < high, got {self.bounds}")
         z = check_logits(logits).detach()
         y = check_labels(labels, z.shape[0], z.shape[1], device=z.device)
-        spread, right, at_zero = _shape_of_the_loss(z, y)
-        if spread == 0:
-            temperature, trouble = 1.0, "all logits of a row are equal, so that every temperature is as good"
-        elif right:
-            temperature, trouble = low * spread, "the true class comes first in every row: lower is always better"
-        elif at_zero >= 0:
-            temperature, trouble = high * spread, "the logits are no better than a guess: higher is always better"
-        else:
-            temperature, trouble = _solve(z, y, spread), ""
+        temperature, trouble = _from_a_sample(z, y), ""
+        if temperature is None:
+            temperature, trouble = _from_all_rows(z, y, low, high)
         if trouble:
             warnings.warn(f"no finite temperature is best: {trouble}", ConvergenceWarning, stacklevel=2)
         self.n_classes_ = z.shape[1]
@@ -223,16 +221,39 @@ def _shape_of_the_loss(z: Tensor, y: Tensor) -> tuple[float, bool, float]:
     return spread, right, slope
 
 
-def _solve(z: Tensor, y: Tensor, spread: float) -> float:
-    """Return the temperature at which the slope vanishes: first on some rows, then roughly, then in float64."""
-    step = max(1, z.shape[0] // _SAMPLE)
-    b = 1 / spread
-    if step > 1:
-        some, labels = z[::step], y[::step]
-        _, right, at_zero = _shape_of_the_loss(some, labels)
-        if not right and at_zero < 0:
-            b = _newton(lambda b: _slopes(some, labels, b, torch.float64), b, tolerance=1e-4)
+def _from_all_rows(z: Tensor, y: Tensor, low: float, high: float) -> tuple[float, str]:
+    """Return the best temperature, or a bound and why there is no best one."""
+    spread, right, at_zero = _shape_of_the_loss(z, y)
+    if spread == 0:
+        return 1.0, "all logits of a row are equal, so that every temperature is as good"
+    if right:
+        return low * spread, "the true class comes first in every row: lower is always better"
+    if at_zero >= 0:
+        return high * spread, "the logits are no better than a guess: higher is always better"
+    return _solve(z, y, 1 / spread, spread)[0], ""
+
+
+def _from_a_sample(z: Tensor, y: Tensor) -> float | None:
+    """Return the best temperature, found from that of some rows, or None where these do not show that there is one.
+
+    A slope that vanishes over all rows is proof enough: the loss is convex.
+    """
+    step = z.shape[0] // _SAMPLE
+    if step < 2:
+        return None
+    some, labels = z[::step], y[::step]
+    spread, right, at_zero = _shape_of_the_loss(some, labels)
+    if right or at_zero >= 0:
+        return None
+    # their temperature is off by about a per cent, so that more digits would be wasted
+    b, _ = _newton(lambda b: _slopes(some, labels, b, torch.float64), 1 / spread, tolerance=1e-2)
+    temperature, there = _solve(z, y, b, spread, steps=10)
+    return temperature if there else None
+
+
+def _solve(z: Tensor, y: Tensor, b: float, spread: float, steps: int = _STEPS) -> tuple[float, bool]:
+    """Return the temperature at which the slope vanishes, starting from 1 / b, and whether it was reached."""
     if z.dtype == torch.float32 and 1e-30 < spread < 1e30:
-        b = _newton(lambda b: _slopes(z, y, b, torch.float32), b, tolerance=1e-4, steps=5)
-    b = _newton(lambda b: _slopes(z, y, b, torch.float64), b, tolerance=1e-8)
-    return 1 / b
+        b, _ = _newton(lambda b: _slopes(z, y, b, torch.float32), b, tolerance=1e-4, steps=5)
+    b, there = _newton(lambda b: _slopes(z, y, b, torch.float64), b, tolerance=1e-8, steps=steps)
+    return 1 / b, there
