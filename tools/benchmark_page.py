@@ -202,13 +202,19 @@ def _draw_factors(rows: list[dict], path: Path) -> None:
 
 
 def _draw_growth(curves: list[dict], what: str, unit: str, path: Path) -> None:
+    from matplotlib.ticker import LogLocator
+
     from companion import figures
 
     panels: dict[tuple[str, str], list[dict]] = {}
     for curve in curves:
         panels.setdefault((curve["name"].split(",")[0], curve["axis"]), []).append(curve)
     rows = -(-len(panels) // 3)
-    fig, axes = figures.subplots(rows, 3, height=2.2 * rows)
+    inches = 2.2 * rows
+    fig, axes = figures.subplots(rows, 3, height=inches, layout="none")  # finding a layout is half of the drawing
+    fig.subplots_adjust(
+        left=0.6 / 7, right=1 - 0.1 / 7, wspace=0.4, bottom=0.42 / inches, top=1 - 0.27 / inches, hspace=0.5
+    )
     flat = list(axes.flat)
     for ax, ((name, axis), lines) in zip(flat, panels.items()):
         for curve in lines:
@@ -217,16 +223,21 @@ def _draw_growth(curves: list[dict], what: str, unit: str, path: Path) -> None:
                 continue
             label = curve["name"].split(", ")[1] if len(lines) > 1 else None
             ax.plot(*zip(*points), "o-", ms=4, lw=1.4, label=label)
+        sizes = [p["size"] for p in lines[0]["points"]]
         if lines[0]["points"][0][what]:
-            sizes = [p["size"] for p in lines[0]["points"]]
             start = lines[0]["points"][0][what]
             ax.plot(sizes, [start * size / sizes[0] for size in sizes], ":", color="#777777", lw=1)
         ax.set_xscale("log")
         ax.set_yscale("log")
+        # A tick for each size that was measured; the dozens of small ones between them ran into each other.
+        ax.set_xticks(sizes, [_size(size) for size in sizes])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
         ax.set_title(name, fontsize=8)
         ax.set_xlabel(axis, fontsize=7)
         ax.set_ylabel(unit, fontsize=7)
-        ax.tick_params(labelsize=7, which="both")
+        ax.tick_params(labelsize=7)
         if len(lines) > 1:
             ax.legend(fontsize=6)
     for ax in flat[len(panels) :]:
@@ -234,12 +245,19 @@ def _draw_growth(curves: list[dict], what: str, unit: str, path: Path) -> None:
     _save(fig, path)
 
 
+def _size(size: float) -> str:
+    """A size as a tick names it: 2500, 40k, 1M."""
+    if size >= 1e6 and size % 1e6 == 0:
+        return f"{size / 1e6:g}M"
+    return f"{size / 1e3:g}k" if size >= 1e4 and size % 1e3 == 0 else f"{size:g}"
+
+
 def _save(fig, path: Path) -> None:
     import matplotlib.pyplot as plt
     from PIL import Image
 
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    fig.savefig(buffer, format="png", dpi=200, pil_kwargs={"compress_level": 1})
     plt.close(fig)
     Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 

@@ -5,21 +5,10 @@ Drops the scripts that would ask other servers for something, and turns the few 
 """
 
 import re
-from pathlib import Path
 
-import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
-REGISTER = ROOT / "companion" / "papers"
 DOCTEST = re.compile(r"\s*(>>>|\.\.\.)")
 PAPER = re.compile(r"(\s*)Papers?:\s*([\w-]+(?:[\s,]+[\w-]+)*)\.?\s*")
 CHAPTER = re.compile(r"(\s*)Chapters?:\s*`*([\w-]+/[\w-]+)`*\.?\s*")
-
-
-def _registered() -> dict[str, dict]:
-    """Every paper of the register by its key."""
-    files = sorted(REGISTER.glob("*/*.yml"))
-    return {row["key"]: row for file in files for row in yaml.safe_load(file.read_text(encoding="utf-8")) or []}
 
 
 def drop_remote_scripts(app, pagename, templatename, context, doctree):
@@ -27,24 +16,6 @@ def drop_remote_scripts(app, pagename, templatename, context, doctree):
     for kind in ("script_files", "css_files"):
         if kind in context:
             context[kind] = [asset for asset in context[kind] if "thebe" not in _text(asset)]
-
-
-def share_navigation(app):
-    """Resolve the navigation once for all pages of source code, where it is the same: it was half of the build."""
-    resolve = getattr(app.builder, "_get_local_toctree", None)
-    if resolve is None:
-        return
-    known = {}
-
-    def resolved(docname, collapse=True, **keywords):
-        if not docname.startswith("_modules/"):
-            return resolve(docname, collapse=collapse, **keywords)
-        key = docname.count("/"), collapse, tuple(sorted(keywords.items()))  # links depend on the depth of the page
-        if key not in known:
-            known[key] = resolve(docname, collapse=collapse, **keywords)
-        return known[key]
-
-    app.builder._get_local_toctree = resolved
 
 
 def _text(asset) -> str:
@@ -114,12 +85,13 @@ def _prose(text: str) -> str:
 
 def conventions(app, what, name, obj, options, lines):
     """Rewrite one docstring in place, after its Google sections were read."""
-    if not hasattr(app, "companion_register"):
-        app.companion_register = _registered()
+    from companion import papers
+
+    known = {paper.key: paper for paper in papers.papers()}
 
     def paper_link(key):
-        row = app.companion_register.get(key)
-        return f"`{row['title'].strip()} <{row['url']}>`__" if row and row.get("url") else f"``{key}``"
+        paper = known.get(key)
+        return f"`{paper.title.strip()} <{paper.url}>`__" if paper and paper.url else f"``{key}``"
 
     def chapter_link(chapter):
         document = f"book/{chapter}"
@@ -145,17 +117,8 @@ def public_bases(app, name, obj, options, bases):
     bases[:] = shown
 
 
-def read_in_parallel(app, config):
-    """Two extensions forgot to say that they may: one numbers sections when all are read, one is for LaTeX alone."""
-    for name in ("sphinx_multitoc_numbering", "sphinx_jupyterbook_latex"):
-        if name in app.extensions:
-            app.extensions[name].parallel_read_safe = True
-
-
 def setup(app):
     """Connect the hooks."""
-    app.connect("config-inited", read_in_parallel)
-    app.connect("builder-inited", share_navigation)
     app.connect("html-page-context", drop_remote_scripts, priority=900)
     app.connect("autodoc-process-docstring", conventions, priority=600)
     app.connect("autodoc-skip-member", skip_inherited)
