@@ -22,7 +22,7 @@ from companion.ranking import auroc
 from companion.report import checkup, extract
 from companion.report.answers import cramers_v
 from companion.report.findings import Estimate, jackknife, verdict
-from companion.report.patients import train_patients
+from companion.report.patients import train_patients, train_wards
 from companion.report.reading import read_groups
 from companion.report.streaming import draw, part_of
 from tests.processes import run_two
@@ -54,7 +54,7 @@ def whole():
 @pytest.fixture(scope="module")
 def clinic():
     """Three seeds of the four networks and their check-ups."""
-    return [{name: checkup(**p.inputs()) for name, p in train_patients(seed).items()} for seed in SEEDS]
+    return [{name: checkup(**p.inputs()) for name, p in ward.items()} for ward in train_wards(SEEDS)]
 
 
 # --- each figure is that of its chapter -------------------------------------------------------------------------------
@@ -260,6 +260,8 @@ def test_the_healthy_and_the_sick_read_the_same_images(clinic):
         assert torch.equal(patient.test.images, patients["healthy"].test.images)
     again = checkup(**patients["shortcut"].inputs())
     assert again.verdicts() == clinic[0]["shortcut"].verdicts()
+    with pytest.raises(ValueError, match="at least one seed"):
+        train_wards([])
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Four small networks on one task, to try a check-up on: a healthy one and three that are sick in a known way.
 
-Public: `Patient`, `train_patients`.
+Public: `Patient`, `train_patients`, `train_wards`.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ from companion.calibration import TemperatureScaler
 from companion.checks import check_positive_int
 from companion.data import ColorDigits, color_digits, load_digits_images, long_tailed, noisy_labels, stratified_split
 from companion.nets import MLP
-from companion.training import fit
+from companion.training import fit_many
 
-__all__ = ["Patient", "train_patients"]
+__all__ = ["Patient", "train_patients", "train_wards"]
 
 NOISE = 0.12  # of the pixels
 EPOCHS = 40
@@ -79,43 +80,86 @@ def train_patients(seed: int = 0) -> dict[str, Patient]:
     >>> list(patients), patients["healthy"].inputs()["features"].shape[1]
     (['healthy', 'overconfident', 'shortcut', 'minority'], 64)
     """
-    draw = torch.Generator().manual_seed(check_positive_int(seed, "seed", minimum=0))
-    images, labels = load_digits_images()
-    train, held, test = stratified_split(labels, (0.4, 0.2, 0.4), draw)
+    return train_wards([seed])[0]
 
-    def paint(rows: Tensor, correlation: float = 0.0, noise: float = NOISE, shown: Tensor = images) -> ColorDigits:
-        return color_digits(shown[rows], labels[rows], correlation, COLORS, noise=noise, generator=draw)
 
-    def fresh(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return (x + NOISE * torch.randn(x.shape, generator=generator)).clamp(0, 1), y
+def train_wards(seeds: Sequence[int]) -> list[dict[str, Patient]]:
+    """Train the four networks of `train_patients` for several seeds, those of a kind as one.
 
-    def learn(data: ColorDigits, labels: Tensor, epochs: int, transform: Any, scaled: bool) -> Patient:
-        model = MLP((192, 64, 10), activation="gelu", seed=seed)
-        fit(
-            model, data.images, labels, epochs=epochs, lr=2e-3, weight_decay=1e-4, batch_size=64,
-            batch_transform=transform, generator=torch.Generator().manual_seed(seed), device="cpu", progress=False,
+    Args:
+        seeds: one per ward.
+
+    Raises:
+        ValueError: no seeds, or one below 0.
+
+    >>> [list(ward) for ward in train_wards([0, 1])][1]
+    ['healthy', 'overconfident', 'shortcut', 'minority']
+    """
+    if not seeds:
+        raise ValueError("expected at least one seed, got none")
+    lessons = [_Lessons(check_positive_int(seed, "seed", minimum=0)) for seed in seeds]
+
+    def learn(name: str, epochs: int, noise: bool, scaled: bool) -> list[Patient]:
+        taught, transform = [lesson.taught[name] for lesson in lessons], _fresh_noise(seeds) if noise else None
+        many = fit_many(
+            lambda seed: MLP((192, 64, 10), activation="gelu", seed=seed), seeds,
+            torch.stack([data.images for data in taught]), torch.stack([data.labels for data in taught]),
+            epochs=epochs, lr=2e-3, weight_decay=1e-4, batch_size=64, batch_transform=transform,
+            stacked=True, device="cpu", progress=False,
         )  # fmt: skip
+        return [lesson.examined(model, scaled) for lesson, model in zip(lessons, many.models())]
+
+    kinds = {
+        "healthy": learn("plain", EPOCHS, noise=True, scaled=True),
+        "overconfident": learn("noisy", 8 * EPOCHS, noise=False, scaled=False),
+        "shortcut": learn("telling", 2 * EPOCHS, noise=True, scaled=True),
+        "minority": learn("rare", 2 * EPOCHS, noise=True, scaled=True),
+    }
+    return [dict(zip(kinds, ward)) for ward in zip(*kinds.values())]
+
+
+def _fresh_noise(seeds: Sequence[int]) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
+    """Noise on the pixels of every batch, from one stream for each network: each ends where it would alone."""
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def transform(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws])
+        return (x + NOISE * noise).clamp(0, 1), y
+
+    return transform
+
+
+class _Lessons:
+    """What the networks of one seed are taught and tested on."""
+
+    def __init__(self, seed: int):
+        draw = torch.Generator().manual_seed(seed)
+        images, labels = load_digits_images()
+        train, held, test = stratified_split(labels, (0.4, 0.2, 0.4), draw)
+
+        def paint(rows: Tensor, correlation: float = 0.0, noise: float = NOISE, shown: Tensor = images) -> ColorDigits:
+            return color_digits(shown[rows], labels[rows], correlation, COLORS, noise=noise, generator=draw)
+
+        def both(rows: Tensor) -> ColorDigits:
+            """Each image once on either ground, so that two images of a digit cannot suggest a colour."""
+            halves = [color_digits(images[rows], torch.full_like(rows, c), 1.0, COLORS) for c in range(COLORS)]
+            return ColorDigits(*(torch.cat(column) for column in zip(*halves)))._replace(
+                labels=labels[rows].repeat(COLORS)
+            )
+
+        self.tuning, self.shown = paint(held), paint(test)
+        shuffled = images.flatten(1)[:, torch.randperm(64, generator=draw)].view_as(images)
+        self.strangers = paint(test, shown=shuffled).images
+        plain, telling, noisy = both(train), paint(train, TELLING, noise=0.0), paint(train)
+        self.lucky = paint(test, TELLING)
+        wrong, _ = noisy_labels(noisy.labels, 0.25, generator=draw)
+        rare = both(train[long_tailed(labels[train], 36, "step", generator=draw)])
+        self.taught = {"plain": plain, "noisy": noisy._replace(labels=wrong), "telling": telling, "rare": rare}
+
+    def examined(self, model: nn.Module, scaled: bool) -> Patient:
         temperature = 1.0
         if scaled:
             with torch.no_grad():
-                temperature = float(TemperatureScaler().fit(model(tuning.images), tuning.labels).temperature_)
-        return Patient(model, temperature, shown, lucky, strangers)
-
-    def both(rows: Tensor) -> ColorDigits:
-        """Each image once on either ground, so that two images of a digit cannot suggest a colour."""
-        halves = [color_digits(images[rows], torch.full_like(rows, c), 1.0, COLORS) for c in range(COLORS)]
-        return ColorDigits(*(torch.cat(column) for column in zip(*halves)))._replace(labels=labels[rows].repeat(COLORS))
-
-    tuning, shown = paint(held), paint(test)
-    shuffled = images.flatten(1)[:, torch.randperm(64, generator=draw)].view_as(images)
-    strangers = paint(test, shown=shuffled).images
-    plain, telling, noisy = both(train), paint(train, TELLING, noise=0.0), paint(train)
-    lucky = paint(test, TELLING)
-    wrong, _ = noisy_labels(noisy.labels, 0.25, generator=draw)
-    rare = both(train[long_tailed(labels[train], 36, "step", generator=draw)])
-    return {
-        "healthy": learn(plain, plain.labels, EPOCHS, fresh, True),
-        "overconfident": learn(noisy, wrong, 8 * EPOCHS, None, False),
-        "shortcut": learn(telling, telling.labels, 2 * EPOCHS, fresh, True),
-        "minority": learn(rare, rare.labels, 2 * EPOCHS, fresh, True),
-    }
+                logits = model(self.tuning.images)
+            temperature = float(TemperatureScaler().fit(logits, self.tuning.labels).temperature_)
+        return Patient(model, temperature, self.shown, self.lucky, self.strangers)
