@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 WEIGHTS = Path(__file__).with_name("texture_net.safetensors")
+BLOCK = 8  # images at a time on a processor, so that their maps stay in its cache: more than twice as fast as 64
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -128,8 +129,9 @@ class TextureNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the chosen stages' feature maps."""
-        maps = self.maps(images)
-        return [maps[layer - 1] for layer in self.layers]
+        blocks = images.split(BLOCK) if images.device.type == "cpu" else [images]
+        maps = [self.maps(block) for block in blocks]
+        return [torch.cat([stages[layer - 1] for stages in maps]) for layer in self.layers]
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the texture classifier's logits, used in training only."""
