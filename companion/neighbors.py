@@ -7,18 +7,22 @@ from the product, their distances are computed again from differences in float64
 says for every row whether a neighbour can be missing from its list. Rows where it can (ties, far clusters, very
 dense data) are searched again in float64, then with longer lists.
 
+Processors that multiply bfloat16 twice as fast begin with that, and with longer lists: see `companion._halves`.
+
 A set searched within itself has every distance twice. Where memory allows, each is computed once, and the smallest of
 each group of rows are kept for both rows; the few groups that can hold a neighbour are then looked into.
 """
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from companion._halves import BLOCK, Halves, could_be_missed, halves, multiplies_halves, nearest_halves, padded
 from companion.checks import check_features, check_positive_int
 
 __all__ = ["Neighbors", "knn"]
@@ -145,6 +149,7 @@ class _Search:
         self.x, self.y = x, x if y is None else y
         self.k, self.metric, self.memory = k, metric, memory
         self.excludes_self = y is None
+        self.finest = torch.promote_types(self.x.dtype, self.y.dtype)
         self.available = len(self.y) - self.excludes_self
         self.wide = torch.float32 if x.device.type == "mps" else torch.float64
         self.on_cpu = x.device.type == "cpu"
@@ -154,6 +159,8 @@ class _Search:
         self.pass_rows = max(1, min(self.columns, _CACHED // x.shape[1])) if self.on_cpu else self.columns
         self.center = self._center()
         self.reach = self._reach(self.y)
+        self.near: tuple[Tensor, Tensor] | None = None
+        self.rounded: Halves | None = None
         self.kept: tuple[Tensor, Tensor] | None = None
         self.factors: dict[int, tuple[Tensor, Tensor]] = {}
         self.buffer: Tensor | None = None
@@ -163,12 +170,10 @@ class _Search:
         n, device = len(self.x), self.x.device
         distances = torch.empty(n, self.k, dtype=self.x.dtype, device=device)
         indices = torch.empty(n, self.k, dtype=torch.int64, device=device)
-        pending, dtype, length = (
-            torch.arange(n, device=device),
-            self._first_dtype(),
-            min(self.k + _SPARE, self.available),
-        )
-        while len(pending):
+        pending = torch.arange(n, device=device)
+        for dtype, length in self._attempts():
+            if dtype != torch.bfloat16:
+                self.rounded = None
             failed: list[Tensor] = []
             hopeless, minima = False, None
             for batch in self._batches(pending, dtype, length):
@@ -177,18 +182,42 @@ class _Search:
                     continue
                 distance, index, sure = self._nearest(batch, dtype, length, minima)
                 distances[batch], indices[batch] = distance.to(self.x.dtype), index
-                failed.append(batch[~sure])
-                # when float32 decides too few rows of a batch, trying it on the others would be wasted
-                hopeless = dtype != self.wide and 2 * len(failed[-1]) > len(batch)
+                # when few rows of a batch are decided, trying the same on the others would be wasted
+                hopeless = dtype != self.wide and 2 * int(sure.sum()) < len(batch)
+                failed.append(batch if hopeless else batch[~sure])
                 if minima is None and not hopeless and self._mirrors(len(pending), dtype, length):
                     minima = self._minima(dtype)
             pending = torch.cat(failed)
-            if dtype == self.wide:
-                length = min(4 * length, self.available)
-            dtype = self.wide
+            if not len(pending):
+                break
         return Neighbors(distances, indices)
 
+    def _attempts(self) -> Iterator[tuple[torch.dtype, int]]:
+        """Yield formats of numbers with lengths of the list of candidates, the quickest first, and never stop."""
+        dtype, length = self._first_dtype(), min(self.k + _SPARE, self.available)
+        if self._rounds(dtype):
+            longer = self.k + 2 * self.k // 3 + 4  # their rounding leaves more in doubt
+            yield from ((torch.bfloat16, times * longer) for times in (1, 4) if times * longer < self.available)
+        if dtype != self.wide:
+            yield dtype, length
+        while True:
+            yield self.wide, length
+            length = min(4 * length, self.available)
+
+    def _rounds(self, dtype: torch.dtype) -> bool:
+        """Say whether to begin with bfloat16."""
+        can = self.on_cpu and dtype == torch.float32 and self.metric != "inner" and multiplies_halves()
+        fits = self.y.numel() * 2 + len(self.y) * 16 <= self.memory // 4
+        return can and fits
+
     def _batches(self, pending: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, ...]:
+        if dtype == torch.bfloat16:
+            width = padded(min(BLOCK, len(self.y)))
+            row = 3 * width + length * _GROUP * 64 + self.x.shape[1] * 32
+            most = min(4 * _BATCH, max(2 * _BATCH, 10 * _CACHED // width))  # so that the block stays in the cache
+            size = max(1, min(most, self.memory // 2 // row))
+            few = min(size // 8, len(pending) // 16)  # first, to see whether this attempt is hopeless
+            return (pending[:few], *pending[few:].split(size)) if few else pending.split(size)
         size = torch.finfo(dtype).bits // 8
         row = self.columns * size * 5 // 4 + length * (_GROUP * (size + 16) + 64) + self.x.shape[1] * 32
         if not self.on_cpu:
@@ -211,7 +240,8 @@ class _Search:
 
     def _center(self) -> Tensor:
         total = sum(self._rows(rows).sum(0) for rows in self.y.split(self.pass_rows))
-        return total / len(self.y)
+        center = total / len(self.y)
+        return center if self.finest == torch.float64 else center.float().to(self.wide)
 
     def _reach(self, x: Tensor) -> float:
         """Return the largest distance of a row of x from the centre."""
@@ -242,15 +272,14 @@ class _Search:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return distances and indices of the k nearest of some rows, and of which rows that is certain."""
         full = self._rows(self.x[batch])
+        if dtype == torch.bfloat16:
+            return self._nearest_by_halves(batch, full, length)
         centred = full - self.center
         if minima is None:
             last, indices = self._candidates(batch, full if self.metric == "inner" else centred, dtype, length)
         else:
             last, indices = self._candidates_of_groups(batch, minima, dtype, length)
-        # by index first, then stably by distance: ties go to the lower index
-        indices = indices.sort(dim=1).values
-        distance, order = self._exact(full, indices).sort(dim=1, stable=True)
-        distance, index = distance[:, : self.k], indices.gather(1, order)[:, : self.k]
+        distance, index = self._ranked(full, indices)
         if self.metric == "inner":
             last = last - full @ self.center
         sure = self._is_certain(full if self.metric == "inner" else centred, distance[:, -1], last, dtype)
@@ -259,6 +288,37 @@ class _Search:
         if self.metric == "cosine":
             distance = distance.square() / 2
         return distance, index, sure
+
+    def _ranked(self, full: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return exact distances and indices of the k nearest among candidates; ties go to the lower index."""
+        indices = indices.sort(dim=1).values  # by index first, then stably by distance
+        distance, order = self._exact(full, indices).sort(dim=1, stable=True)
+        return distance[:, : self.k], indices.gather(1, order[:, : self.k])
+
+    def _nearest_by_halves(self, batch: Tensor, full: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same as `_nearest`, from distances of rows rounded to bfloat16."""
+        if self.rounded is None:
+            self.rounded = self._rounded(self.y)
+        database = self.rounded
+        queries = database[batch] if self.x is self.y else self._rounded(self.x[batch])
+        if self.buffer is None or self.buffer.dtype != torch.bfloat16 or len(self.buffer) < len(batch):
+            self.buffer = queries.rows.new_empty(len(batch), padded(min(BLOCK, len(self.y))))
+        own = batch if self.excludes_self else None
+        last, indices = nearest_halves(queries, database, length, self.buffer[: len(batch)], own)
+        distance, index = self._ranked(full, indices)
+        sure = could_be_missed(queries, distance[:, -1], database) < last
+        if self.metric == "cosine":
+            distance = distance.square() / 2
+        return distance, index, sure
+
+    def _rounded(self, x: Tensor) -> Halves:
+        return halves((self._centred(rows) for rows in x.split(self.pass_rows)), *x.shape)
+
+    def _centred(self, rows: Tensor) -> Tensor:
+        """Return rows minus the centre, rounded to float32."""
+        if self.metric == "cosine" or self.finest == torch.float64:
+            return (self._rows(rows) - self.center).float()
+        return rows.float() - self.center.float()  # which has no more digits then
 
     def _candidates(self, batch: Tensor, queries: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
         """Return what all others are at least away, (b,), squared, and the indices of the nearest by a matrix product.
@@ -306,6 +366,7 @@ class _Search:
     def _mirrors(self, n: int, dtype: torch.dtype, length: int) -> bool:
         """Say whether the distances of a set to itself are worth computing once for both rows they belong to."""
         can = self.excludes_self and self.on_cpu and self.metric != "inner" and n == len(self.y)
+        can = can and dtype != torch.bfloat16  # whose other half costs less than the looking
         fits = n * n * 4 // _GROUP <= self.memory // 2 and self._keeps(dtype)
         return can and fits and n >= max(4 * _SQUARE, _PAYS * length)
 
@@ -368,18 +429,24 @@ class _Search:
 
     def _exact(self, full: Tensor, indices: Tensor) -> Tensor:
         """Return distances (or minus the inner products) of candidates in full precision."""
-        pairs = indices.shape[1] * full.shape[1] * 8 * 4
-        step = max(1, self.memory // 4 // pairs)
+        length, d = indices.shape[1], full.shape[1]
+        step = max(1, self.memory // 4 // (length * d * 8 * 4))
         if self.on_cpu:
-            step = min(step, max(4, _CACHED // (indices.shape[1] * full.shape[1])))
-        parts = []
-        for rows, index in zip(full.split(step), indices.split(step)):
-            others = self._rows(self.y.index_select(0, index.flatten())).view(*index.shape, -1)  # (r, length, d)
+            step = min(step, max(4, _CACHED // 2 // (length * d)))
+        exact, size = full.new_empty(indices.shape), min(step, len(full)) * length
+        if self.near is None or len(self.near[0]) < size:
+            # fresh memory for each step would cost more than what is computed in it
+            self.near = self.y.new_empty(size, d), full.new_empty(size, d)
+        near, wide = self.near
+        for into, rows, index in zip(exact.split(step), full.split(step), indices.split(step)):
+            count = index.numel()
+            torch.index_select(self.y, 0, index.flatten(), out=near[:count])
+            others = self._rows(wide[:count].copy_(near[:count])).view(*index.shape, d)  # (r, length, d)
             if self.metric == "inner":
-                parts.append(-(others @ rows[:, :, None]).squeeze(2))
+                torch.matmul(others, -rows[:, :, None], out=into[:, :, None])
             else:
-                parts.append(torch.linalg.vector_norm(others.sub_(rows[:, None]), dim=2))
-        return torch.cat(parts)
+                torch.linalg.vector_norm(others.sub_(rows[:, None]), dim=2, out=into)
+        return exact
 
     def _is_certain(self, queries: Tensor, kth: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
         """Say for which rows no neighbour can have been missed.

@@ -9,9 +9,17 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from companion import neighbors
 from companion.neighbors import _members, _Search, _smallest, knn
 
 METRICS = ["euclidean", "cosine", "inner"]
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def first_numbers(request, monkeypatch):
+    """Searches begin with these numbers, as they do on processors that do and do not multiply bfloat16 faster."""
+    monkeypatch.setattr(neighbors, "multiplies_halves", lambda: request.param == "bfloat16")
+    return request.param
 
 
 def draw(n, d, seed=0, dtype=torch.float32):
@@ -36,6 +44,7 @@ def brute_force(x, y, k, metric):
     return distance[:, :k], index[:, :k]
 
 
+@pytest.mark.usefixtures("first_numbers")
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("against_itself", [True, False])
@@ -50,6 +59,7 @@ def test_equals_brute_force(device, metric, dtype, against_itself):
     assert found.distances.device.type == device.type
 
 
+@pytest.mark.usefixtures("first_numbers")
 @pytest.mark.parametrize("metric", METRICS)
 def test_small_memory_changes_nothing(device, metric):
     x, y = draw(300, 16).to(device), draw(1100, 16, seed=1).to(device)
@@ -60,6 +70,7 @@ def test_small_memory_changes_nothing(device, metric):
         torch.testing.assert_close(whole.distances, pieces.distances, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("first_numbers")
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_equals_scikit_learn_on_digits(device, metric):
     x = torch.tensor(load_digits().data, dtype=torch.float32)
@@ -71,6 +82,7 @@ def test_equals_scikit_learn_on_digits(device, metric):
     assert bool((exact[:, 1] > 0).all())
 
 
+@pytest.mark.usefixtures("first_numbers")
 def test_two_far_clusters_do_not_lose_their_neighbours(device):
     """Around 1e4 a float32 product has errors of several units; the neighbours are 1e-2 apart."""
     x = draw(600, 5, dtype=torch.float64) * 1e-2
@@ -82,6 +94,7 @@ def test_two_far_clusters_do_not_lose_their_neighbours(device):
     torch.testing.assert_close(found.distances.cpu(), distance, rtol=1e-12, atol=0)
 
 
+@pytest.mark.usefixtures("first_numbers")
 def test_dense_data_needs_more_than_float32(device):
     x = torch.rand(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = torch.cat([x, 1 + 1e-9 * x], 0)
@@ -91,6 +104,7 @@ def test_dense_data_needs_more_than_float32(device):
     torch.testing.assert_close(found.distances.cpu(), distance, rtol=1e-9, atol=0)
 
 
+@pytest.mark.usefixtures("first_numbers")
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e25, 1e100])
 @pytest.mark.parametrize("metric", METRICS)
 def test_any_scale(device, scale, metric):
@@ -99,6 +113,7 @@ def test_any_scale(device, scale, metric):
     assert torch.equal(knn(x.to(device) * scale, k=3, metric=metric).indices.cpu(), index)
 
 
+@pytest.mark.usefixtures("first_numbers")
 def test_an_outlier_does_not_matter(device):
     x = draw(500, 8)
     x[17] = 1e6
@@ -106,6 +121,7 @@ def test_an_outlier_does_not_matter(device):
     assert torch.equal(knn(x.to(device), k=3).indices.cpu(), index)
 
 
+@pytest.mark.usefixtures("first_numbers")
 def test_duplicates_are_neighbours_and_the_row_itself_is_not(device):
     x = draw(40, 3).repeat(2, 1).to(device)
     distance, index = knn(x, k=1)
@@ -116,6 +132,7 @@ def test_duplicates_are_neighbours_and_the_row_itself_is_not(device):
     assert index.tolist() == [[i % 40, i % 40 + 40] for i in range(80)]
 
 
+@pytest.mark.usefixtures("first_numbers")
 @pytest.mark.parametrize("metric", METRICS)
 def test_ties_go_to_the_lower_index(device, metric):
     x = torch.ones(100, 3, device=device)
@@ -128,6 +145,7 @@ def test_ties_go_to_the_lower_index(device, metric):
         assert torch.equal(knn(grid, k=9, memory=memory).indices.cpu(), expected)
 
 
+@pytest.mark.usefixtures("first_numbers")
 def test_all_rows_in_order(device):
     x = draw(50, 4).to(device)
     distance, index = knn(x, k=49)
@@ -187,6 +205,7 @@ def in_blocks(x, k, metric):
 def mirrored(monkeypatch):
     """Notes whether a search took half of the products and mirrored them, which it does from some thousand rows on."""
     calls, minima = [], _Search._minima
+    monkeypatch.setattr(neighbors, "multiplies_halves", lambda: False)
     monkeypatch.setattr(_Search, "_minima", lambda self, dtype: calls.append(dtype) or minima(self, dtype))
     return calls
 
@@ -229,6 +248,87 @@ def test_the_reader_may_allow_short_products(device):
     assert torch.equal(found.indices.cpu(), index)
 
 
+@pytest.fixture
+def attempts(monkeypatch):
+    """Lists how many rows were searched with which numbers and how long a list, and how many of them were decided."""
+    done, nearest = [], _Search._nearest
+    monkeypatch.setattr(neighbors, "multiplies_halves", lambda: True)
+
+    def counted(self, batch, dtype, length, minima):
+        found = nearest(self, batch, dtype, length, minima)
+        done.append((dtype, length, len(batch), int(found[2].sum())))
+        return found
+
+    monkeypatch.setattr(_Search, "_nearest", counted)
+    return done
+
+
+def rows_by(attempts, dtype):
+    return sum(rows for kind, _, rows, _ in attempts if kind == dtype)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("against_itself", [True, False])
+def test_short_numbers_decide_ordinary_data(attempts, metric, against_itself):
+    x, y = draw(1500, 24), None if against_itself else draw(2100, 24, seed=1)
+    distance, index = brute_force(x, y, 6, metric)
+    found = knn(x, y, k=6, metric=metric)
+    assert torch.equal(found.indices, index)
+    torch.testing.assert_close(found.distances.double(), distance, rtol=1e-6, atol=1e-6)
+    assert attempts[0][:2] == (torch.bfloat16, 14), "lists of k + 2k / 3 + 4"
+    assert rows_by(attempts, torch.float32) + rows_by(attempts, torch.float64) == 0
+
+
+def test_rows_that_short_numbers_leave_in_doubt_are_searched_with_longer_ones(attempts):
+    """A tight bunch far from the centre has distances below what bfloat16 can tell apart; the rest has not."""
+    x = draw(1600, 12)
+    x[1400:] = 10 + 5e-2 * x[1400:]
+    distance, index = brute_force(x, None, 3, "euclidean")
+    found = knn(x, k=3)
+    assert torch.equal(found.indices, index)
+    torch.testing.assert_close(found.distances.double(), distance, rtol=1e-6, atol=0)
+    assert rows_by(attempts, torch.float64) <= rows_by(attempts, torch.float32) == 200
+
+
+def test_short_numbers_that_decide_nothing_are_given_up_after_few_rows(attempts):
+    x = 100 + 1e-3 * draw(4000, 8)
+    x[0] = 0  # so that the centre is not among them
+    x[1] = -1e4
+    _, index = brute_force(x[:1000], None, 2, "euclidean")
+    assert torch.equal(knn(x[:1000], k=2).indices, index)
+    assert rows_by(attempts, torch.bfloat16) <= 2 * 1000 // 16
+
+
+@pytest.mark.parametrize("kind", ["inner", "mixed dtypes", "views", "one query", "one column", "k of all"])
+def test_short_numbers_meet_every_kind_of_input(attempts, kind):
+    x, y, k, metric = draw(300, 8), draw(500, 8, seed=1), 4, "euclidean"
+    if kind == "inner":
+        metric = "inner"
+    elif kind == "mixed dtypes":
+        x, y = x.half(), 100 + y.double()
+    elif kind == "views":
+        x, y = draw(8, 300).T, draw(1000, 16, seed=1)[::2, ::2]
+    elif kind == "one query":
+        x = x[:1]
+    elif kind == "one column":
+        x, y = x[:, :1], y[:, :1]
+    elif kind == "k of all":
+        y, k = y[:30], 30
+    distance, index = brute_force(x, y, k, metric)
+    found = knn(x, y, k=k, metric=metric)
+    assert torch.equal(found.indices, index)
+    torch.testing.assert_close(found.distances.double(), distance, rtol=1e-3, atol=1e-3)
+    used = {dtype for dtype, *_ in attempts}
+    assert (torch.bfloat16 in used) == (kind not in ("inner", "k of all"))
+
+
+def test_little_memory_leaves_no_room_for_rounded_rows(attempts):
+    x = draw(600, 32)
+    _, index = brute_force(x, None, 3, "euclidean")
+    assert torch.equal(knn(x, k=3, memory="150kB").indices, index)
+    assert rows_by(attempts, torch.bfloat16) == 0
+
+
 class Largest(TorchDispatchMode):
     """Notes the bytes of the largest tensor any operation returns."""
 
@@ -244,6 +344,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("first_numbers")
 @pytest.mark.parametrize("metric", METRICS)
 def test_memory_stays_bounded(device, metric):
     x = draw(20_000, 8).to(device)
@@ -259,6 +360,7 @@ def test_memory_stays_bounded(device, metric):
     assert largest.bytes <= 1_000_000
 
 
+@pytest.mark.usefixtures("first_numbers")
 def test_the_input_is_left_alone(device):
     x = draw(60, 4).to(device)
     copy = x.clone()
