@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from companion._products import add_gram, block_rows
 from companion.checks import as_tensor, check_features, check_in_range, check_labels, check_positive_int
 
 __all__ = [
@@ -26,8 +27,6 @@ __all__ = [
     "oas",
     "shrunk_covariance",
 ]
-
-_ROWS = 4096  # rows per product: short sums in the input's dtype, the long ones in float64; a block stays in the cache
 
 
 class MeanCovariance(NamedTuple):
@@ -101,39 +100,43 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def _centered_rows(rows: Tensor, mean: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return centred rows, in the dtype of products, and what rounding took off their means, in the dtype of mean."""
-    rows = rows.to(_product_dtype(rows))
-    rounded = mean.to(rows.dtype)
-    return rows - (rounded if y is None else rounded.index_select(0, y)), mean - rounded
+def _add_scatter(scatter: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, count: Tensor) -> None:
+    r"""Add the scatter around the mean of each row's class, of the one class where y is None.
 
-
-def _corrected(centered: Tensor, rest: Tensor, count: Tensor) -> Tensor:
-    r"""Return $G - \sum_c n_c \delta_c\delta_c^\top$: the scatter around exact means, from rows centred at rounded."""
-    return (centered.T @ centered).to(rest.dtype) - (count[:, None] * rest).T @ rest
+    Rows are centred at $r_c = \mu_c - \delta_c$, the mean in the dtype of products, which adds
+    $\sum_c n_c \delta_c\delta_c^\top$: that is taken off again.
+    """
+    dtype, size = _product_dtype(x), block_rows(x)
+    rounded = mean.to(dtype)
+    if y is None:
+        blocks = (rows.to(dtype) - rounded for rows in x.split(size))
+    else:
+        pairs = zip(x.split(size), y.split(size))
+        blocks = (rows.to(dtype) - rounded.index_select(0, labels) for rows, labels in pairs)
+    add_gram(scatter, blocks)
+    rest = mean - rounded
+    scatter -= (count[:, None] * rest).T @ rest
 
 
 def _batch_moments(x: Tensor, y: Tensor, layout: _Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return counts, means and scatter of a batch, in two passes over it."""
+    size = block_rows(x)
     count = torch.bincount(y, minlength=layout.classes).to(dtype)
-    wide = x.to(dtype)
-    anchor = wide.mean(0)  # sums of small numbers: what lies far from zero is taken off first
-    sums = torch.zeros(layout.classes, layout.dim, dtype=dtype, device=x.device).index_add_(0, y, wide - anchor)
+    anchor = x[:size].to(dtype).mean(0)  # sums of small numbers: what lies far from zero is taken off first
+    sums = torch.zeros(layout.classes, layout.dim, dtype=dtype, device=x.device)
+    for rows, labels in zip(x.split(size), y.split(size)):
+        sums.index_add_(0, labels, rows.to(dtype) - anchor)
     mean = torch.where(count[:, None] > 0, anchor + sums / count.clamp_min(1)[:, None], 0)
     scatter = torch.zeros(layout.scatter, dtype=dtype, device=x.device)
-    if scatter.numel() == 0:
-        return count, mean, scatter
     if layout.kind == "diagonal":
-        scatter.index_add_(0, y, (wide - mean[y]).square())
-        return count, mean, scatter
-    centered, rest = _centered_rows(x, mean, y)
-    if layout.kind == "pooled":
-        scatter = _corrected(centered, rest, count)
-    else:
-        sizes = count.long().tolist()
-        for c, rows in enumerate(centered[y.argsort()].split(sizes)):
-            if len(rows):
-                scatter[c] = _corrected(rows, rest[c : c + 1], count[c : c + 1])
+        for rows, labels in zip(x.split(size), y.split(size)):
+            scatter.index_add_(0, labels, (rows.to(dtype) - mean[labels]).square_())
+    elif layout.kind == "pooled":
+        _add_scatter(scatter, x, y, mean, count)
+    elif layout.kind == "full":
+        for c, rows in enumerate(y.argsort(stable=True).split(count.long().tolist())):
+            for index in rows.split(size):
+                _add_scatter(scatter[c], x[index], None, mean[c : c + 1], count.new_tensor([len(index)]))
     return count, mean, scatter
 
 
@@ -155,8 +158,7 @@ class _Streamed(Metric):
         if x.shape[1] != self.layout.dim:
             raise ValueError(f"expected x with {self.layout.dim} features, got shape {tuple(x.shape)}")
         self.state = self.state.clone()  # what was handed out before (metric_state) must not change under its owner
-        for rows, labels in zip(x.split(_ROWS), y.split(_ROWS)):
-            _merge_into(self.state, _batch_moments(rows, labels, self.layout, self.state.dtype), self.layout)
+        _merge_into(self.state, _batch_moments(x, y, self.layout, self.state.dtype), self.layout)
 
 
 def _check_covariance(covariance: str | None, allowed: tuple) -> None:
@@ -286,15 +288,15 @@ def _wide(x: Tensor) -> torch.dtype:
 def _empirical(x: Any, assume_centered: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return features as a tensor, their covariance, and the mean fourth power of the centred rows' lengths."""
     x = check_features(x, min_samples=1 if assume_centered else 2)
+    size = block_rows(x)
     mean = torch.zeros(x.shape[1], dtype=_wide(x), device=x.device)
     if not assume_centered:
-        mean = sum((rows.to(mean.dtype).sum(0) for rows in x.split(_ROWS)), mean) / len(x)
-    covariance, fourth = 0, 0
-    for rows in x.split(_ROWS):
-        centered, rest = _centered_rows(rows, mean)
-        covariance = covariance + _corrected(centered, rest[None], mean.new_tensor([len(rows)]))
-        fourth = fourth + centered.square().sum(1).to(mean.dtype).square().sum()
-    return x, covariance / len(x), fourth / len(x)
+        mean = sum((rows.to(mean.dtype).sum(0) for rows in x.split(size)), mean) / len(x)
+    scatter = torch.zeros(x.shape[1], x.shape[1], dtype=mean.dtype, device=x.device)
+    _add_scatter(scatter, x, None, mean[None], mean.new_tensor([len(x)]))
+    rounded = mean.to(_product_dtype(x))
+    squares = (((rows.to(rounded.dtype) - rounded).square().sum(1)) for rows in x.split(size))
+    return x, scatter / len(x), sum(square.to(mean.dtype).square().sum() for square in squares) / len(x)
 
 
 def _shrunk(covariance: Tensor, shrinkage: Tensor, x: Tensor) -> ShrunkCovariance:

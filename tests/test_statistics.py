@@ -8,12 +8,28 @@ import numpy as np
 import pytest
 import sklearn.covariance
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection
 
 from companion.statistics import ClassMoments, Moments, ledoit_wolf, oas, shrunk_covariance
 from tests.processes import run_two
 
 KINDS = ["full", "diagonal", "pooled", None]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                self.bytes = max(self.bytes, tensor.numel() * 4 if tensor.is_mkldnn else tensor.nbytes)
+        return out
 
 
 def draw(n=700, d=5, classes=4, seed=0, dtype=torch.float64):
@@ -204,6 +220,35 @@ def test_two_processes_give_the_answer_of_one(tmp_path):
             for ours, theirs in zip(out[kind], alone.compute(), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(out["one-sided"][1], x.T.cov(correction=0), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["full", "diagonal", "pooled"])
+def test_wide_features_in_blocks(device, dtype, kind):
+    """More rows than a block, more columns than a piece; classes lie far apart and come one after the other."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(1200) // 400
+    x = torch.randn(1200, 270, generator=g, dtype=torch.float64) + torch.tensor([0.0, 50.0, -300.0])[y][:, None]
+    x = x.to(dtype)
+    strided = torch.zeros(1200, 540, dtype=dtype)
+    strided[:, ::2] = x
+    moments = ClassMoments(4, 270, kind).to(device)
+    moments.update(strided[:, ::2].to(device), y)
+    found = moments.compute()
+    means, covariance = two_pass(x, y, kind, classes=3)
+    torch.testing.assert_close(found.mean.cpu()[:3], means, rtol=1e-12, atol=1e-12)
+    ours = found.covariance.cpu()
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ours if kind == "pooled" else ours[:3], covariance, rtol=tolerance, atol=tolerance)
+
+
+def test_an_update_takes_little_memory_beside_its_rows(device):
+    x = torch.randn(60_000, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    with Largest() as largest:
+        moments = ClassMoments(3, 64, "pooled").to(device)
+        moments.update(x, torch.arange(60_000, device=device) % 3)
+        ledoit_wolf(x)
+    assert largest.bytes <= 5 * 2**20  # in float64 the rows are 31 MB
 
 
 def test_missing_and_single_classes_are_not_a_number():

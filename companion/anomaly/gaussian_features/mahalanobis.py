@@ -12,9 +12,9 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from companion._products import SquaredLengths, block_rows, packed, product
 from companion.anomaly.gaussian_features._streams import (
     COVARIANCES,
-    ROWS,
     as_matrix,
     ledoit_wolf_share,
     like,
@@ -63,18 +63,21 @@ def mahalanobis(x: Any, mean: Any, covariance: Any) -> Tensor:
             f" {tuple(covariance.shape)}"
         )
     whitening = whitening_of(covariance.double(), "features").to(x)
-    distances = torch.cat([_distances(rows, means.view(-1, d), whitening) for rows in x.split(ROWS)])
+    distances = _distances(x, means.view(-1, d), whitening)
     return distances[:, 0] if means.ndim == 1 else distances
 
 
 def _distances(x: Tensor, means: Tensor, whitening: Tensor) -> Tensor:
     """Return squared distances (n, C): one product whitens, one more serves all means."""
     centre = means.mean(0)  # small numbers: |a - b|^2 = |a|^2 - 2 a.b + |b|^2 loses digits far from zero
-    z, m = (x - centre) @ whitening.T, (means - centre) @ whitening.T  # (n, k), (C, k)
-    if len(m) == 1:
-        return (z - m).square().sum(1, keepdim=True)
-    norms = z.square().sum(1, keepdim=True) + m.square().sum(1)
-    return torch.addmm(norms, z, m.T, alpha=-2).clamp_min(0)
+    if len(means) == 1:
+        lengths = SquaredLengths(whitening)
+        return torch.cat([lengths(rows - centre) for rows in x.split(block_rows(x))])[:, None]
+    whitening = packed(whitening)
+    m = product(means - centre, whitening)  # (C, k)
+    factor, bias = packed(-2 * m), m.square().sum(1)
+    z = (product(rows - centre, whitening) for rows in x.split(block_rows(x)))  # (b, k)
+    return torch.cat([(product(b, factor, bias) + b.square().sum(1, keepdim=True)).clamp_min(0) for b in z])
 
 
 class MVGDetector(OutlierMixin, BaseEstimator):
@@ -154,7 +157,7 @@ class MVGDetector(OutlierMixin, BaseEstimator):
         x = x.detach()
         if first:
             self.moments_ = Moments(x.shape[1]).to(x.device)
-            anchor = x[:ROWS].double().mean(0)
+            anchor = x[: block_rows(x)].double().mean(0)
             self._about = (anchor, torch.zeros_like(anchor), anchor.new_zeros(()))
         self.moments_.update(x)
         if self.covariance == "ledoit_wolf":
@@ -165,7 +168,7 @@ class MVGDetector(OutlierMixin, BaseEstimator):
     def _fourth_powers(self, x: Tensor) -> None:
         """Add up |e|^2 e and |e|^4 of e = x - anchor: what the shrinkage needs beyond a covariance."""
         anchor, cubes, fourth = self._about
-        for rows in x.split(ROWS):
+        for rows in x.split(block_rows(x)):
             e = rows - anchor.to(rows.dtype)
             square = e.square().sum(1)
             cubes = cubes + (square @ e).double()
@@ -219,8 +222,7 @@ class MVGDetector(OutlierMixin, BaseEstimator):
         r"""Return minus the squared Mahalanobis distance of each row, (n,): higher = more normal."""
         check_is_fitted(self, "whitening_")
         x = as_matrix(self, X, reset=False)
-        mean, whitening = self.location_.to(x), self.whitening_.to(x)
-        return like(torch.cat([-((rows - mean) @ whitening.T).square().sum(1) for rows in x.split(ROWS)]), X)
+        return like(-_distances(x, self.location_.to(x)[None], self.whitening_.to(x))[:, 0], X)
 
     def decision_function(self, X: Any) -> Any:
         """Return scores above the threshold of `predict`, (n,): below 0 is odd."""
