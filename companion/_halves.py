@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ __all__ = ["Halves", "could_be_missed", "halves", "multiplies_halves", "nearest_
 GROUP = 16  # columns per group: a minimum over strided groups runs at the speed of memory
 TILE = 10240  # columns per product
 BLOCK = 32768  # columns per selection; a column has to fit into 16 bits
+PARTITIONS_SLOWLY = int(np.__version__.split(".")[0]) < 2  # before NumPy used the instructions of the processor
 HALF = 2.0**-8  # largest relative error of rounding to bfloat16
 
 
@@ -120,10 +122,10 @@ def _smallest(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _partitioned(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k smallest of values of 16 bits, (b, c), and their columns, of which there are at most 2^16.
 
-    Both fit into one number of 32 bits, which NumPy partitions faster than torch finds the k smallest and where.
+    Both fit into one number of 32 bits, which NumPy 2 partitions faster than torch finds the k smallest and where.
     """
     both = values.int().bitwise_left_shift_(16).bitwise_or_(torch.arange(values.shape[1], dtype=torch.int32))
-    if 64 * k <= both.shape[1]:  # where a heap is faster still
+    if PARTITIONS_SLOWLY or 64 * k <= both.shape[1]:  # where a heap is faster still
         both = both.topk(k, dim=1, largest=False, sorted=False).values
     else:
         both.numpy().partition(k - 1, axis=1)

@@ -84,13 +84,15 @@ def test_the_bound_is_not_far():
 @pytest.mark.parametrize("block", [512, 2048, 32768])
 @pytest.mark.parametrize("length", [1, 5, 60])
 @pytest.mark.parametrize("within", [True, False])
-def test_lists_hold_the_smallest_values(monkeypatch, block, length, within):
+@pytest.mark.parametrize("slowly", [True, False])
+def test_lists_hold_the_smallest_values(monkeypatch, block, length, within, slowly):
     y = rounded(draw(1700, 4))
     own = torch.arange(30, 1500, 11) if within else None
     x = y[own] if within else rounded(draw(90, 4, seed=1))
     values = all_pairs(x, y).float()
     if within:
         values[torch.arange(len(own)), own] = torch.inf
+    monkeypatch.setattr(_halves, "PARTITIONS_SLOWLY", slowly)
     monkeypatch.setattr(_halves, "BLOCK", block)
     monkeypatch.setattr(_halves, "TILE", block // 2)
     space = torch.full((len(x.rows), padded(min(1700, block))), torch.nan, dtype=torch.bfloat16)
