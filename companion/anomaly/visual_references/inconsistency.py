@@ -147,7 +147,8 @@ class CaptionDecoder(nn.Module):
         """Return pictures (n, 3, 32, 32) of embeddings (n, 2, 3, dim)."""
         n = len(embeddings)
         code = self.code(embeddings.flatten(2).flatten(0, 1)).view(2 * n, 16, 8, 8)
-        layers = self.picture(code).view(n, 2, 4, 32, 32)
+        code = code.contiguous(memory_format=torch.channels_last)  # enlarging and convolving are faster so
+        layers = self.picture(code).unflatten(0, (n, 2))
         picture = torch.full_like(layers[:, 0, :3], 0.12)
         for layer in layers.unbind(1):
             opacity = torch.sigmoid(layer[:, 3:] - 2)
