@@ -11,7 +11,7 @@ from companion.neighbors import knn
 from companion.ranking import auroc, average_precision
 
 PRODUCTS = (
-    "the products over all rows, of which half are left out where a matrix is symmetric or triangular, are most of it"
+    "the products over all rows are most of it, though a quarter is left out where a matrix is symmetric or triangular"
 )
 
 

@@ -76,7 +76,7 @@ def add_gram(total: Tensor, blocks: Iterable[Tensor]) -> None:
 class SquaredLengths:
     r"""$\lVert W z \rVert^2$ of the rows z of a matrix (n, d), for W (k, d): zeros right of its rows are skipped.
 
-    A triangular W, such as comes from a Cholesky factor, takes little more than half of the work.
+    A triangular W, such as comes from a Cholesky factor, takes three quarters of the work for d = 512.
 
     >>> SquaredLengths(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     tensor([26.,  4.])
