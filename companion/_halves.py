@@ -126,6 +126,11 @@ def _partitioned(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     both = values.int().bitwise_left_shift_(16).bitwise_or_(torch.arange(values.shape[1], dtype=torch.int32))
     if PARTITIONS_SLOWLY or 64 * k <= both.shape[1]:  # where a heap is faster still
+        quarter = both.shape[1] // 4
+        if 8 * k < 4 * quarter == both.shape[1] < 64 * k:  # by the minima of fours, which carry their columns
+            four = torch.arange(4)[:, None]
+            chosen = both.view(-1, 4, quarter).amin(1).topk(k, dim=1, largest=False, sorted=False).values & 0xFFFF
+            both = both.gather(1, ((chosen % quarter)[:, None, :] + quarter * four).flatten(1))
         both = both.topk(k, dim=1, largest=False, sorted=False).values
     else:
         both.numpy().partition(k - 1, axis=1)
