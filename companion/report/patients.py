@@ -66,7 +66,8 @@ def train_patients(seed: int = 0) -> dict[str, Patient]:
     """Train four networks to read digits on coloured grounds, and return them by name.
 
     - "healthy": fresh pixel noise in every epoch, colours that say nothing, one temperature from held-out images;
-    - "overconfident": the same images, a quarter of the labels wrong, learnt by heart, no temperature;
+    - "overconfident": the same images, a quarter of the labels wrong, learnt by heart at a rate that never falls, no
+      temperature;
     - "shortcut": trained like the healthy one, on images whose colour nearly always says even or odd;
     - "minority": trained like the healthy one, with two images of each of the digits 5 to 9 (and all of the others).
 
@@ -104,8 +105,8 @@ def train_wards(seeds: Sequence[int]) -> list[dict[str, Patient]]:
         many = fit_many(
             lambda seed: MLP((192, 64, 10), activation="gelu", seed=seed), seeds,
             torch.stack([data.images for data in taught]), torch.stack([data.labels for data in taught]),
-            epochs=epochs, lr=2e-3, weight_decay=1e-4, batch_size=64, batch_transform=transform,
-            stacked=True, device="cpu", progress=False,
+            epochs=epochs, lr=2e-3, weight_decay=1e-4, batch_size=64, schedule="cosine" if noise else None,
+            batch_transform=transform, stacked=True, device="cpu", progress=False,
         )  # fmt: skip
         return [lesson.examined(model, scaled) for lesson, model in zip(lessons, many.models())]
 
