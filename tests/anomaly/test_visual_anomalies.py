@@ -401,6 +401,27 @@ class TestSimpleNet:
         loss = SimpleNetDetector(steps=80, random_state=0).fit(plates[0]).loss_
         assert np.mean(loss[-10:]) < 0.7 * np.mean(loss[:10])
 
+    def test_members_are_judged_together(self, plates):
+        grid = local_patch_features(plates[0])
+        detector = SimpleNetDetector(steps=3, members=3, random_state=0).fit_patches(grid)
+        x = (grid - detector.mean_) / detector.std_
+        weight, bias = detector.members_.adaptors
+        first, offset, last = detector.members_.discriminators
+        alone = []
+        for i in range(3):  # written out, one at a time
+            hidden = (x @ weight[i] + bias[i]) @ first[i] + offset[i]
+            alone.append(-(torch.where(hidden > 0, hidden, 0.2 * hidden) @ last[i]).squeeze(-1))
+        assert not torch.allclose(alone[0], alone[1])
+        assert torch.allclose(detector.score_patches(grid), torch.stack(alone).mean(0), atol=1e-5)
+
+    def test_members_start_as_the_networks_they_are_made_of(self):
+        detector = SimpleNetDetector(steps=1, lr=0.0, members=2, random_state=0).fit_patches(torch.rand(2, 4, 4, 5))
+        weight, bias = detector.members_.adaptors
+        assert torch.equal(weight, torch.eye(5).expand(2, 5, 5))
+        assert not bias.any()
+        with pytest.raises(ValueError, match="members"):
+            SimpleNetDetector(members=0).fit_patches(torch.rand(2, 4, 4, 5))
+
     def test_negatives_from_damaged_images(self, plates):
         def corrupt(images, g):
             images = images.clone()

@@ -6,6 +6,7 @@ Public: `FeatureAdaptor`, `NoiseDiscriminator`, `truncated_l1_loss`, `SimpleNetD
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from companion.anomaly.visual_anomalies.detector import ImageDetector
@@ -67,6 +68,36 @@ class NoiseDiscriminator(nn.Sequential):
         super().__init__(nn.Linear(dim, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1, bias=False))
 
 
+class _Members(nn.Module):
+    """Pairs of adaptor and discriminator side by side: m networks, one matrix product per layer."""
+
+    def __init__(self, pairs: list[tuple[FeatureAdaptor, NoiseDiscriminator]]):
+        super().__init__()
+        adaptors, first, last = [a for a, _ in pairs], [d[0] for _, d in pairs], [d[2] for _, d in pairs]
+        self.adaptors = nn.ParameterList(
+            [self._weights(adaptors), self._biases(adaptors)]
+        )  # (m, dim, dim), (m, 1, dim)
+        self.discriminators = nn.ParameterList([self._weights(first), self._biases(first), self._weights(last)])
+
+    @staticmethod
+    def _weights(layers: list) -> Tensor:
+        return torch.stack([layer.weight.detach().T for layer in layers])
+
+    @staticmethod
+    def _biases(layers: list) -> Tensor:
+        return torch.stack([layer.bias.detach()[None] for layer in layers])
+
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return adapted features (m, n, dim) of features (m, n, dim)."""
+        weight, bias = self.adaptors
+        return torch.baddbmm(bias, x, weight)
+
+    def judge(self, x: Tensor) -> Tensor:
+        """Return the discriminators' outputs (m, n) on adapted features (m, n, dim)."""
+        weight, bias, last = self.discriminators
+        return torch.bmm(F.leaky_relu(torch.baddbmm(bias, x, weight), 0.2), last).squeeze(2)
+
+
 class SimpleNetDetector(ImageDetector):
     r"""Tell normal patch features from the same features with Gaussian noise; the discriminator is the score.
 
@@ -82,6 +113,8 @@ class SimpleNetDetector(ImageDetector):
         steps: Adam steps.
         lr: learning rate of the adaptor; the discriminator takes ten times as much.
         patches_per_step: normal features drawn in each step.
+        members: how many pairs of adaptor and discriminator, whose outputs are averaged. The paper trains one; where a
+            single training ends is a matter of luck.
         corrupt: None for noise in feature space; a function (images, generator) -> images instead makes the negatives
             from damaged images, the alternative the paper argues against.
         batch_size: images per pass.
@@ -105,6 +138,7 @@ class SimpleNetDetector(ImageDetector):
         steps: int = 600,
         lr: float = 3e-4,
         patches_per_step: int = 256,
+        members: int = 1,
         corrupt: Callable[[Tensor, torch.Generator | None], Tensor] | None = None,
         batch_size: int = 64,
         device: str = "auto",
@@ -117,6 +151,7 @@ class SimpleNetDetector(ImageDetector):
         self.steps = steps
         self.lr = lr
         self.patches_per_step = patches_per_step
+        self.members = members
         self.corrupt = corrupt
         self.batch_size = batch_size
         self.device = device
@@ -140,37 +175,39 @@ class SimpleNetDetector(ImageDetector):
 
     def _standardised(self, grid: Tensor) -> Tensor:
         check_positive_int(self.steps, "steps")
+        check_positive_int(self.members, "members")
         check_in_range(self.noise_std, "noise_std", 0.0)
         normal = grid.flatten(0, 2)
         self.mean_, self.std_ = normal.mean(0), normal.std(0).clamp(min=1e-6)
         return (normal - self.mean_) / self.std_
 
     def _train(self, normal: Tensor, negatives: Tensor | None, g: torch.Generator | None) -> None:
-        dim = normal.shape[1]
+        dim, m, b = normal.shape[1], self.members, self.patches_per_step
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=g)))
-            self.adaptor_ = FeatureAdaptor(dim).to(normal)
-            self.discriminator_ = NoiseDiscriminator(dim, self.hidden).to(normal)
+            pairs = [(FeatureAdaptor(dim), NoiseDiscriminator(dim, self.hidden)) for _ in range(m)]
+        self.members_ = _Members(pairs).to(normal)
         groups = [
-            {"params": self.adaptor_.parameters(), "lr": self.lr},
-            {"params": self.discriminator_.parameters(), "lr": 10 * self.lr},
+            {"params": self.members_.adaptors, "lr": self.lr},
+            {"params": self.members_.discriminators, "lr": 10 * self.lr},
         ]
         optimizer = torch.optim.Adam(groups, weight_decay=1e-5)
-        b = self.patches_per_step
         self.loss_ = []
         for _ in range(self.steps):
-            x = self.adaptor_(normal[torch.randint(len(normal), (b,), generator=g).to(normal.device)])
+            x = self.members_.adapt(normal[torch.randint(len(normal), (m, b), generator=g).to(normal.device)])
             if negatives is None:
                 fake = x + self.noise_std * torch.randn(x.shape, generator=g).to(x)
             else:
-                fake = self.adaptor_(negatives[torch.randint(len(negatives), (b,), generator=g).to(normal.device)])
-            loss = truncated_l1_loss(self.discriminator_(x), self.discriminator_(fake))
+                rows = torch.randint(len(negatives), (m, b), generator=g).to(normal.device)
+                fake = self.members_.adapt(negatives[rows])
+            loss = truncated_l1_loss(self.members_.judge(x), self.members_.judge(fake))
             optimizer.zero_grad()
-            loss.backward()
+            (m * loss).backward()  # the gradient of each as if it were alone
             optimizer.step()
             self.loss_.append(float(loss.detach()))
 
     @torch.no_grad()
     def _score_patches(self, grid: Tensor) -> Tensor:
-        x = (grid - self.mean_) / self.std_
-        return -self.discriminator_(self.adaptor_(x))[..., 0]
+        x = ((grid - self.mean_) / self.std_).flatten(0, -2)
+        x = x.expand(self.members, *x.shape)
+        return -self.members_.judge(self.members_.adapt(x)).mean(0).view(grid.shape[:-1])
