@@ -7,10 +7,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from companion import neighbors
 from companion.neighbors import _members, _Search, _smallest, knn
+from tests.largest import Largest
 
 METRICS = ["euclidean", "cosine", "inner"]
 
@@ -327,21 +327,6 @@ def test_little_memory_leaves_no_room_for_rounded_rows(attempts):
     _, index = brute_force(x, None, 3, "euclidean")
     assert torch.equal(knn(x, k=3, memory="150kB").indices, index)
     assert rows_by(attempts, torch.bfloat16) == 0
-
-
-class Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor) and not func.is_view:
-                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
-        return out
 
 
 @pytest.mark.usefixtures("first_numbers")

@@ -8,28 +8,13 @@ import numpy as np
 import pytest
 import sklearn.covariance
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection
 
 from companion.statistics import ClassMoments, Moments, ledoit_wolf, oas, shrunk_covariance
+from tests.largest import Largest
 from tests.processes import run_two
 
 KINDS = ["full", "diagonal", "pooled", None]
-
-
-class Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor) and not func.is_view:
-                self.bytes = max(self.bytes, tensor.numel() * 4 if tensor.is_mkldnn else tensor.nbytes)
-        return out
 
 
 def draw(n=700, d=5, classes=4, seed=0, dtype=torch.float64):

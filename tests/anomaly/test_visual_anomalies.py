@@ -10,7 +10,6 @@ from sklearn.base import clone
 from sklearn.covariance import LedoitWolf
 from sklearn.exceptions import NotFittedError
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from companion._products import product
 from companion.anomaly import (
@@ -44,6 +43,7 @@ from companion.anomaly import (
 )
 from companion.anomaly.visual_anomalies.backbone import WEIGHTS
 from companion.data import make_textures
+from tests.largest import Largest
 
 DETECTORS = [
     PatchMemory(coreset=200, random_state=0),
@@ -255,21 +255,6 @@ def farthest_points(x, n, start):
         if len(chosen) == n:
             return chosen
         chosen.append(int(nearest.argmax()))
-
-
-class Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor) and not func.is_view:
-                self.bytes = max(self.bytes, tensor.numel() * 4 if tensor.is_mkldnn else tensor.nbytes)
-        return out
 
 
 class TestKCenter:
