@@ -151,6 +151,26 @@ def test_sparse_columns_have_sqrt_d_distinct_entries_everywhere():
     torch.testing.assert_close(subspace.project(z), p @ z, rtol=1e-4, atol=1e-5)
 
 
+class Numbers(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(n))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 24, 1000, 1023])
+def test_sparse_columns_have_one_entry_in_each_slice_of_any_size(size):
+    subspace = RandomSubspace(Numbers(size), 2000, "sparse")
+    hit = _matrix(subspace).detach() != 0
+    count = math.isqrt(size - 1) + 1
+    assert bool((hit.sum(dim=0) == count).all())
+    hits, width = hit.sum(dim=1), size // count  # slices are that wide, or one wider
+    assert 2000 / (width + 1) - 5 * 2000**0.5 < int(hits.min()) <= int(hits.max()) < 2000 / width + 5 * 2000**0.5
+    z = torch.randn(2000, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    torch.testing.assert_close(subspace.project(z), _matrix(subspace) @ z, rtol=1e-3, atol=1e-3)
+    (gradient,) = torch.autograd.grad(subspace.project(z)[-1], z)
+    torch.testing.assert_close(gradient, _matrix(subspace)[-1].detach())
+
+
 @pytest.mark.parametrize("n", [1, 2, 8, 32, 64, 1024, 4096])
 def test_hadamard_transform_is_the_matrix(n, generator):
     x = torch.randn(3, n, generator=generator, dtype=torch.float64)
