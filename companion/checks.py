@@ -4,7 +4,8 @@ Public: `as_tensor`, `check_features`, `check_probs`, `check_logits`, `check_lab
 `check_same_length`, `check_positive_int`, `check_in_range`, `check_generator`.
 
 All accept what `torch.as_tensor` accepts (tensors, arrays, lists, data frames), keep device and dtype, and repair
-nothing: whole numbers become floats where a measurement is expected, and that is all.
+nothing: whole numbers become floats where a measurement is expected (float64 where torch's default float would round
+them), and that is all.
 """
 
 import math
@@ -103,7 +104,14 @@ def _from_outside(x: Any, name: str, device: torch.device | str | None) -> Tenso
 
 def _as_float(x: Any, name: str, device: torch.device | str | None = None) -> Tensor:
     x = as_tensor(x, name, device)
-    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    if x.is_floating_point():
+        return x
+    wanted = torch.get_default_dtype()
+    if x.element_size() > 2 and x.numel() and x.device.type != "mps":
+        largest = max(abs(int(v)) for v in torch.aminmax(x.to(torch.int64)))
+        if largest * torch.finfo(wanted).eps > 2:  # beyond, neighbouring whole numbers become equal
+            wanted = torch.float64
+    return x.to(wanted)
 
 
 def _is_finite(x: Tensor) -> bool:
@@ -350,12 +358,16 @@ def check_same_length(**arrays: Any) -> int:
         **arrays: the arrays by the names the caller gives them; None is skipped.
 
     Raises:
-        ValueError: their lengths differ.
+        ValueError: their lengths differ, or one of them is a single number.
 
     >>> check_same_length(x=[1, 2, 3], weights=None, y=[0, 1, 0])
     3
     """
-    lengths = {name: len(array) for name, array in arrays.items() if array is not None}
+    given = {name: array for name, array in arrays.items() if array is not None}
+    for name, array in given.items():
+        if getattr(array, "ndim", 1) == 0:
+            raise ValueError(f"expected {name} to have a length, got a single number")
+    lengths = {name: len(array) for name, array in given.items()}
     if len(set(lengths.values())) != 1:
         came = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"expected {', '.join(lengths)} to have one length, got: {came}")

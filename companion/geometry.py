@@ -4,6 +4,7 @@ Public: `simplex_etf`, `random_orthonormal`, `class_means`, `scatter_matrices`, 
 `cka`, `covariance_spectrum`, `participation_ratio`, `effective_rank`, `stable_rank`.
 
 Plain functions on tensors: rows are samples, results keep the device and dtype of the input and are differentiable.
+Half precision is computed in float32.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.checks import check_features, check_in_range, check_labels, check_positive_int
+from companion.checks import check_features, check_generator, check_in_range, check_labels, check_positive_int
 
 __all__ = [
     "cka",
@@ -37,7 +38,7 @@ def simplex_etf(
     n_classes: int,
     dim: int | None = None,
     *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -49,7 +50,7 @@ def simplex_etf(
     Args:
         n_classes: C, at least 2.
         dim: d, at least C - 1; None takes C - 1. The frame fills the first C - 1 coordinates.
-        generator: with one, the frame is turned by a random rotation drawn from it.
+        generator: with one, or a seed, the frame is turned by a random rotation drawn from it.
         dtype: of the result; None takes torch's default.
         device: of the result.
 
@@ -87,7 +88,7 @@ def random_orthonormal(
     dim: int,
     k: int | None = None,
     *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -96,7 +97,7 @@ def random_orthonormal(
     Args:
         dim: d.
         k: how many columns, at most d; None takes d, a random orthogonal matrix.
-        generator: draws them; None uses torch's default generator.
+        generator: draws them; a seed will do, None uses torch's default generator.
         dtype: of the result; None takes torch's default.
         device: of the result; the numbers are drawn where the generator lives.
 
@@ -114,6 +115,7 @@ def random_orthonormal(
     k = dim if k is None else check_positive_int(k, "k")
     if k > dim:
         raise ValueError(f"expected at most dim={dim} columns, got k={k}")
+    generator = check_generator(generator)
     where = "cpu" if generator is None else generator.device
     q, r = torch.linalg.qr(torch.randn(dim, k, generator=generator, dtype=torch.float64, device=where))
     # qr alone prefers some signs; with those of the diagonal of r the columns are uniform
@@ -179,6 +181,7 @@ def scatter_matrices(features: Any, labels: Any, *, balanced: bool = False) -> t
     Chapter: collapse/neural-collapse
     """
     features = check_features(features, "features")
+    dtype, features = features.dtype, _centred(single(features))  # neither scatter changes
     means, counts = class_means(features, labels)
     labels = check_labels(labels).to(features.device)
     present = counts > 0
@@ -190,7 +193,7 @@ def scatter_matrices(features: Any, labels: Any, *, balanced: bool = False) -> t
     within = residuals.T @ (residuals * per_sample[:, None])
     centred = means - share @ means
     between = centred.T @ (centred * share[:, None])
-    return within, between
+    return within.to(dtype), between.to(dtype)
 
 
 def pairwise_cosine(x: Any, y: Any = None) -> Tensor:
@@ -213,7 +216,8 @@ def pairwise_cosine(x: Any, y: Any = None) -> Tensor:
     y = x if y is None else _unit_rows(check_features(y, "y"), "y")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"expected x and y of the same dimension, got {x.shape[1]} and {y.shape[1]}")
-    return (x @ y.T).clamp(-1, 1)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return (x.to(dtype) @ y.to(dtype).T).clamp(-1, 1)
 
 
 def subspace_angles(a: Any, b: Any) -> Tensor:
@@ -239,7 +243,8 @@ def subspace_angles(a: Any, b: Any) -> Tensor:
     a, b = check_features(a, "a"), check_features(b, "b")
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"expected columns in the same space, got {a.shape[0]} and {b.shape[0]} dimensions")
-    q_a, q_b = _column_basis(a, "a"), _column_basis(b, "b")
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    q_a, q_b = (_column_basis(single(columns.to(dtype)), name) for columns, name in ((a, "a"), (b, "b")))
     if q_a.shape[1] < q_b.shape[1]:
         q_a, q_b = q_b, q_a
     overlap = q_a.T @ q_b
@@ -249,7 +254,7 @@ def subspace_angles(a: Any, b: Any) -> Tensor:
     # both branches get a harmless argument where the other one is taken: arcsin and arccos have infinite slope at 1
     from_sine = torch.asin(torch.where(small, sines, 0.0))
     from_cosine = torch.acos(torch.where(small, 0.0, cosines))
-    return torch.where(small, from_sine, from_cosine)
+    return torch.where(small, from_sine, from_cosine).to(dtype)
 
 
 def cka(x: Any, y: Any, kernel: str = "linear", *, unbiased: bool = False, bandwidth: float = 1.0) -> Tensor:
@@ -284,7 +289,7 @@ def cka(x: Any, y: Any, kernel: str = "linear", *, unbiased: bool = False, bandw
         raise ValueError(f"expected the same samples in x and y, got {len(x)} and {len(y)} rows")
     check_in_range(bandwidth, "bandwidth", low=0, inclusive="neither")
     dtype = torch.promote_types(x.dtype, y.dtype)
-    x, y = x.to(dtype) - x.mean(0), y.to(dtype) - y.mean(0)
+    x, y = (_centred(single(features.to(dtype))) for features in (x, y))
     for features, name in ((x, "x"), (y, "y")):
         if not features.detach().any():
             raise ValueError(f"expected {name} to vary from sample to sample, got constant features")
@@ -387,7 +392,7 @@ def covariance_spectrum(x: Any) -> Tensor:
     tensor([5.3333, 1.3333])
     """
     x = check_features(x, min_samples=2)
-    return _squared_singular_values(x - x.mean(0)) / (len(x) - 1)
+    return _spectrum(single(x)).to(x.dtype)
 
 
 def participation_ratio(x: Any) -> Tensor:
@@ -404,9 +409,10 @@ def participation_ratio(x: Any) -> Tensor:
     >>> participation_ratio([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     tensor(2.)
     """
-    values = _nonzero(covariance_spectrum(x), "features that vary")
+    x = check_features(x, min_samples=2)
+    values = _nonzero(_spectrum(single(x)), "features that vary")
     values = values / values.sum()
-    return 1 / values.square().sum()
+    return (1 / values.square().sum()).to(x.dtype)
 
 
 def effective_rank(x: Any, *, center: bool = False) -> Tensor:
@@ -429,9 +435,10 @@ def effective_rank(x: Any, *, center: bool = False) -> Tensor:
     tensor(4.)
     """
     x = check_features(x)
-    sigma = _nonzero(torch.linalg.svdvals(x - x.mean(0) if center else x), "a matrix that is not zero")
+    matrix = single(x)
+    sigma = _nonzero(torch.linalg.svdvals(_centred(matrix) if center else matrix), "a matrix that is not zero")
     p = sigma / sigma.sum()
-    return torch.special.entr(torch.where(p > 0, p, 1.0)).sum().exp()
+    return torch.special.entr(torch.where(p > 0, p, 1.0)).sum().exp().to(x.dtype)
 
 
 def stable_rank(x: Any, *, center: bool = False) -> Tensor:
@@ -451,8 +458,28 @@ def stable_rank(x: Any, *, center: bool = False) -> Tensor:
     tensor(1.5000)
     """
     x = check_features(x)
-    values = _nonzero(_squared_singular_values(x - x.mean(0) if center else x), "a matrix that is not zero")
-    return (values / values[0]).sum()
+    matrix = _centred(single(x)) if center else single(x)
+    values = _nonzero(_squared_singular_values(matrix), "a matrix that is not zero")
+    return (values / values[0]).sum().to(x.dtype)
+
+
+def single(x: Tensor) -> Tensor:
+    """Return x, in float32 where it is in half precision, which has no decompositions and too short sums.
+
+    >>> single(torch.ones(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Return x without its mean row: far from the origin a first mean is rounded, and a second takes what is left."""
+    x = x - x.mean(0)
+    return x - x.mean(0)
+
+
+def _spectrum(x: Tensor) -> Tensor:
+    return _squared_singular_values(_centred(x)) / (len(x) - 1)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -40,13 +40,18 @@ class Mixed(NamedTuple):
     def targets(self, n_classes: int) -> Tensor:
         """Return the soft labels, `lam * onehot(y_a) + (1 - lam) * onehot(y_b)`: (n, C) for integer labels (n,).
 
+        Raises:
+            TypeError: labels that are no whole numbers, such as soft labels.
+
         >>> mixed = Mixed(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([2]), torch.tensor(0.75))
         >>> mixed.targets(3)
         tensor([[0.7500, 0.0000, 0.2500]])
         """
         check_positive_int(n_classes, "n_classes")
         lam = self.lam.reshape(-1, 1)
-        return lam * F.one_hot(self.y_a, n_classes) + (1 - lam) * F.one_hot(self.y_b, n_classes)
+        if self.y_a.is_floating_point():
+            raise TypeError(f"expected labels that are whole numbers, got {self.y_a.dtype} of {tuple(self.y_a.shape)}")
+        return lam * F.one_hot(self.y_a.long(), n_classes) + (1 - lam) * F.one_hot(self.y_b.long(), n_classes)
 
 
 def mixup(
@@ -79,6 +84,7 @@ def mixup(
     Raises:
         ValueError: empty or unequal batches, alpha below 0 or not finite, an `out` that does not fit or that
             overlaps x in part.
+        TypeError: a seed in place of a generator: it would mix every batch in the same way.
 
     >>> x, y = torch.eye(4), torch.arange(4)
     >>> mixed = mixup(x, y, generator=torch.Generator().manual_seed(0))
@@ -239,6 +245,10 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _home(generator: torch.Generator | None) -> torch.device:
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        kind = type(generator).__name__
+        # a seed would mix every batch in the same way
+        raise TypeError(f"expected generator to be None or a torch.Generator, which moves on by itself, got {kind}")
     return torch.device("cpu") if generator is None else generator.device
 
 

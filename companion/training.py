@@ -33,7 +33,7 @@ from companion._stacked import (
     stacked_forward,
     stacked_loss,
 )
-from companion.checks import as_tensor, check_in_range, check_positive_int
+from companion.checks import as_tensor, check_generator, check_in_range, check_positive_int
 
 __all__ = ["History", "ManyModels", "fit", "fit_many", "per_model"]
 
@@ -52,6 +52,7 @@ class History:
     loss: Any = field(default_factory=list)
 
 
+@torch.enable_grad()
 def fit(
     model: nn.Module,
     x: Any,
@@ -69,12 +70,13 @@ def fit(
     penalty: Callable[[dict[str, Tensor]], Tensor] | None = None,
     callback: Callable[[int, nn.Module], Any] | None = None,
     device: str | torch.device = "auto",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model in place by mini-batches and return the history of its loss.
 
     The model moves to the device, stays there, and comes back in eval mode. Data stay where they are; each batch moves.
+    Gradients are recorded, also under `torch.no_grad()`.
 
     Args:
         model: any module; parameters that do not require a gradient stay as they are.
@@ -93,7 +95,8 @@ def fit(
         penalty: `penalty(parameters by name)`, added to the loss.
         callback: `callback(epoch, model)` after each epoch, in eval mode; training stops when it returns True.
         device: see `companion.runtime.device`.
-        generator: draws the order of the batches and seeds dropout; None uses torch's default generator.
+        generator: draws the order of the batches and seeds dropout; a seed will do, None uses torch's default
+            generator.
         progress: a progress bar; None shows one on a terminal and in a live notebook, and nowhere else.
 
     Returns:
@@ -110,6 +113,7 @@ def fit(
     (20, True)
     """
     _check_settings(epochs, batch_size, optimizer, momentum, schedule)
+    generator = check_generator(generator)
     check_in_range(lr, "lr", low=0)
     check_in_range(weight_decay, "weight_decay", low=0)
     where = runtime.device(device)
@@ -149,6 +153,7 @@ def fit(
     return history
 
 
+@torch.enable_grad()
 def fit_many(
     make_model: Callable[..., nn.Module],
     seeds: Sequence[int],
@@ -167,7 +172,7 @@ def fit_many(
     penalty: Callable[[dict[str, Tensor]], Tensor] | None = None,
     callback: Callable[[int, "ManyModels"], Any] | None = None,
     device: str | torch.device = "auto",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     progress: bool | None = None,
     stacked: bool | None = None,
 ) -> "ManyModels":
@@ -194,7 +199,7 @@ def fit_many(
         penalty: `penalty(parameters by name)` of one model, added to its loss.
         callback: `callback(epoch, many)` after each epoch; training stops when it returns True.
         device: see `companion.runtime.device`.
-        generator: what `batch_transform` gets; None makes one from the seeds.
+        generator: what `batch_transform` gets, or its seed; None makes one from the seeds.
         progress: as in `fit`.
         stacked: whether x and y are given per model; None reads it off their shapes: (m, n, ...) and (m, n, ...), m
             being the number of models, are per model, and so is one of them where only that fits.
@@ -213,6 +218,7 @@ def fit_many(
     (torch.Size([3, 64, 2]), torch.Size([20, 3]), True)
     """
     _check_settings(epochs, batch_size, optimizer, momentum, schedule)
+    generator = check_generator(generator)
     seeds = [int(seed) for seed in seeds]
     if not seeds:
         raise ValueError("expected at least one seed, got none")

@@ -214,3 +214,16 @@ def test_generators():
         check_generator("0")
     with pytest.raises(ValueError, match="at least 0"):
         check_generator(-1)
+
+
+def test_large_whole_numbers_stay_apart():
+    large = 2**24
+    assert check_features([[large + 1], [large]]).dtype == torch.float64
+    assert check_scores(torch.tensor([-large - 1, 0])).tolist() == [-large - 1, 0]
+    assert check_scores([large, 0]).dtype == torch.get_default_dtype()
+    assert check_features(np.array([[1], [255]], dtype=np.uint8)).dtype == torch.get_default_dtype()
+
+
+def test_a_single_number_has_no_length():
+    with pytest.raises(ValueError, match="expected y to have a length, got a single number"):
+        check_same_length(x=[1], y=torch.tensor(1.0))

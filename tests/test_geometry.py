@@ -265,3 +265,38 @@ def test_gradients(function):
     assert torch.autograd.gradcheck(function, (x,))
     result = function(x.detach().float())
     assert all(t.dtype == torch.float32 for t in (result if isinstance(result, tuple) else (result,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    x, y = (30 * normal(64, 5, seed=seed, dtype=torch.float32).to(dtype) for seed in (0, 1))
+    labels = torch.arange(64) % 3
+
+    def measures(x, y):
+        return [
+            effective_rank(x),
+            stable_rank(x, center=True),
+            participation_ratio(20 * x),  # whose variances leave the range of float16
+            covariance_spectrum(x),
+            subspace_angles(x[:, :2], y[:, :3]),
+            cka(x, y),
+            cka(x, y, "rbf", unbiased=True),
+            *scatter_matrices(x, labels),
+        ]
+
+    for short, long in zip(measures(x, y), measures(x.float(), y.float())):
+        assert short.dtype == dtype
+        assert torch.equal(short, long.to(dtype))
+
+
+def test_dtypes_may_differ():
+    x = normal(6, 2)
+    assert torch.allclose(pairwise_cosine(x, x.float()), pairwise_cosine(x), atol=1e-6)
+    assert torch.allclose(subspace_angles(x, x.float()), x.new_zeros(2), atol=1e-6)
+
+
+def test_a_seed_is_a_generator():
+    generator = torch.Generator().manual_seed(4)
+    assert torch.equal(random_orthonormal(5, 2, generator=4), random_orthonormal(5, 2, generator=generator))
+    generator = torch.Generator().manual_seed(4)
+    assert torch.equal(simplex_etf(4, generator=4), simplex_etf(4, generator=generator))

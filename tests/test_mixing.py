@@ -223,3 +223,23 @@ def test_bad_input(mixer):
             mixer(x, y, alpha)
     with pytest.raises(ValueError, match="height"):
         cutmix(torch.randn(4, 4), y)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_seed_is_refused_because_every_batch_would_be_mixed_alike(mixer):
+    with pytest.raises(TypeError, match=r"expected generator to be None or a torch\.Generator, .* got int"):
+        mixer(torch.rand(6, 1, 8, 8), torch.arange(6), generator=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_soft_labels_of_short_whole_numbers(dtype):
+    y = torch.tensor([0, 1], dtype=dtype)
+    assert Mixed(torch.zeros(2, 1), y, y.flip(0), torch.tensor(0.75)).targets(2).tolist() == [
+        [0.75, 0.25],
+        [0.25, 0.75],
+    ]
+
+
+def test_soft_labels_of_soft_labels_are_refused():
+    with pytest.raises(TypeError, match="expected labels that are whole numbers, got"):
+        mixup(torch.eye(2), torch.eye(2)).targets(2)

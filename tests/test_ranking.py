@@ -256,3 +256,9 @@ def test_bad_levels():
         bootstrap_interval(torch.mean, [1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="level"):
         bootstrap_interval(torch.mean, [1.0, 2.0], level=1)
+
+
+def test_scores_beyond_the_digits_of_a_float32():
+    scores = [2**24, 2**24 + 1, 2**24 + 2, 2**24 + 3]
+    assert auroc(scores, [0, 1, 0, 1]) == 0.75
+    assert weighted_quantile(scores, 0.5) == 2**24 + 1

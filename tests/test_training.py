@@ -415,3 +415,30 @@ def test_silent_when_nobody_watches():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PATH": ""})
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_gradients_are_recorded_where_the_caller_records_none():
+    x = torch.linspace(-1, 1, 32)[:, None]
+    y = (x[:, 0] > 0).long()
+
+    def train():
+        model = MLP((1, 8, 2), seed=0)
+        fit(model, x, y, epochs=3, batch_size=8, lr=0.01, generator=torch.Generator().manual_seed(1), device="cpu")
+        many = fit_many(lambda: MLP((1, 8, 2)), [0, 1], x, y, epochs=3, lr=0.01, device="cpu")
+        return model(x).detach(), many(x)
+
+    usual = train()
+    with torch.no_grad():
+        again = train()
+        assert not torch.is_grad_enabled()
+    for one, other in zip(usual, again):
+        assert torch.equal(one, other)
+
+
+def test_a_seed_is_a_generator():
+    x, y = torch.randn(16, 2), torch.arange(16) % 2
+    settings = {"epochs": 2, "batch_size": 4, "device": "cpu"}
+    models = [MLP((2, 4, 2), seed=0) for _ in range(2)]
+    for model, generator in zip(models, (7, torch.Generator().manual_seed(7))):
+        fit(model, x, y, generator=generator, **settings)
+    assert torch.equal(models[0](x), models[1](x))

@@ -433,3 +433,16 @@ class TestPrompts:
         assert [n for n, p in only.named_parameters() if p.requires_grad] == ["after.image.prompt"]
         with pytest.raises(ValueError, match="nothing to train"):
             PromptedTowers(towers, texts, "body.layer1.linear", 6, image=False, text=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_have_directions_too(dtype):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(12, 8, generator=generator).to(dtype)
+    after = (before.float() + 9 * torch.outer(torch.randn(12, generator=generator), torch.ones(8))).to(dtype)
+    assert torch.equal(singular_overlap(before, after), singular_overlap(before.float(), after.float()))
+    assert torch.equal(intruder_dimensions(before, after, 3), intruder_dimensions(before.float(), after.float(), 3))
+    assert detachment_threshold(before, 3) == detachment_threshold(before.float(), 3)
+    scaled = scale_directions(after, [0], 0.0)
+    assert scaled.dtype == dtype
+    assert torch.equal(scaled, scale_directions(after.float(), [0], 0.0).to(dtype))

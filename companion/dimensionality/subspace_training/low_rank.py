@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from companion.checks import as_tensor, check_in_range, check_positive_int
+from companion.geometry import single
 
 __all__ = ["LoRALinear", "detachment_threshold", "intruder_dimensions", "scale_directions", "singular_overlap"]
 
@@ -107,7 +108,7 @@ def singular_overlap(before: Any, after: Any, k: int | None = None) -> Tensor:
         k: how many leading directions of `after` to compare (all when left out); columns cover all of `before`.
 
     Returns:
-        (k, min(m, n)), entries in [0, 1].
+        (k, min(m, n)), entries in [0, 1]; float32 for matrices in half precision.
 
     >>> singular_overlap([[2.0, 0], [0, 1]], [[1.0, 0], [0, 2]])
     tensor([[0., 1.],
@@ -116,7 +117,7 @@ def singular_overlap(before: Any, after: Any, k: int | None = None) -> Tensor:
     Paper: shuttleworth2024lora
     Chapter: dimensionality/subspace-training
     """
-    before, after = _pair(before, after)
+    before, after = (single(matrix) for matrix in _pair(before, after))
     k = min(before.shape) if k is None else check_positive_int(k, "k")
     if k > min(before.shape):
         raise ValueError(f"expected k of at most {min(before.shape)}, the number of singular vectors, got {k}")
@@ -176,9 +177,9 @@ def scale_directions(after: Any, indices: Any, factor: float) -> Tensor:
     indices = as_tensor(indices, "indices").long().to(after.device).flatten()
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < min(after.shape):
         raise ValueError(f"expected indices in 0..{min(after.shape) - 1}, got {indices.tolist()}")
-    u, s, vh = torch.linalg.svd(after, full_matrices=False)
+    u, s, vh = torch.linalg.svd(single(after), full_matrices=False)
     chosen = (u[:, indices] * s[indices]) @ vh[indices]
-    return after - (1 - factor) * chosen
+    return (single(after) - (1 - factor) * chosen).to(after.dtype)
 
 
 def detachment_threshold(before: Any, k: int) -> float:
@@ -199,7 +200,7 @@ def detachment_threshold(before: Any, k: int) -> float:
     Chapter: dimensionality/subspace-training
     """
     before, _ = _pair(before, before)
-    values = torch.linalg.svdvals(before)
+    values = torch.linalg.svdvals(single(before))
     if check_positive_int(k, "k") > values.numel():
         raise ValueError(f"expected k of at most {values.numel()}, got {k}")
     return float(values[k - 1])
