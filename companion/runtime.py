@@ -70,6 +70,9 @@ def seeds(n: int, name: str = "seeds") -> list[int]:
         n: how many, at least 1.
         name: lists with different names share no pattern.
 
+    Raises:
+        ValueError: n below 1.
+
     >>> len(set(seeds(5, "probe")))
     5
     """

@@ -166,6 +166,9 @@ def make_color_digits(
     Returns:
         (train, test), two `ColorDigits`.
 
+    Raises:
+        ValueError: a setting out of range, an unknown cue.
+
     >>> train, test = make_color_digits(0.95, classes=(3, 8), generator=torch.Generator().manual_seed(0))
     >>> train.groups.bincount().tolist()[1] < test.groups.bincount().tolist()[1]
     True

@@ -78,6 +78,9 @@ def transition_matrix(n_classes: int, rate: float, kind: str = "uniform") -> Ten
     Returns:
         (C, C) float64, rows sum to one.
 
+    Raises:
+        ValueError: fewer than two classes, a rate out of range, an unknown kind.
+
     >>> transition_matrix(3, 0.2)[0].tolist()
     [0.8, 0.1, 0.1]
     """
