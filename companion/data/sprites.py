@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from companion.checks import check_generator, check_in_range, check_positive_int
+from companion.checks import as_tensor, check_generator, check_in_range, check_positive_int
 from companion.data.textures import TEXTURES, make_textures
 
 __all__ = ["COLORS", "SHAPES", "Sprites", "make_sprites"]
@@ -136,8 +136,8 @@ def _factor(value: Any, drawn: Tensor, name: str, levels: int | None = None) -> 
     """Return the factor the caller set, or the one drawn, one value per picture."""
     if value is None:
         return drawn
-    value = torch.as_tensor(value)
-    if levels is not None and (value.is_floating_point() or value.is_complex()):
+    value = as_tensor(value, name)
+    if levels is not None and value.is_floating_point():
         raise ValueError(f"expected whole numbers for {name}, got {value.dtype}")
     value = value.to("cpu", drawn.dtype)
     if value.ndim > 1 or (value.ndim == 1 and value.shape != drawn.shape) or not torch.isfinite(value).all():

@@ -133,3 +133,8 @@ def test_global_state_is_untouched():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_sprites(5, **arguments)
+
+
+def test_a_name_where_a_number_is_expected():
+    with pytest.raises(TypeError, match=r"expected shape to be .* numbers, got str"):
+        make_sprites(3, shape="disc")
