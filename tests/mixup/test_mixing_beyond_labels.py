@@ -577,3 +577,67 @@ class TestDiverse:
             similarity_filter(torch.zeros(2, 2), torch.ones(2, 2), keep=0.0)
         with pytest.raises(TypeError, match="whole number"):
             DiverseGenerator([lambda *a: 0]).sample(0, 2.5)
+
+
+def test_fit_constrained_takes_the_floats_of_numpy_and_records_gradients_itself():
+    def train(x):
+        learner = PrimalDualAugment([AffineFamily("turns", degrees=45)])
+        make = lambda: MLP((64, 8, 2))  # noqa: E731
+        return fit_constrained(make, [0, 1], x, np.arange(32) % 2, learner, n_steps=3, generator=0, device="cpu")
+
+    images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    usual = train(images)(images)
+    with torch.no_grad():
+        assert torch.equal(train(images.double().numpy())(images), usual)
+
+
+@pytest.mark.parametrize("base", ["ms", "contrastive"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_metric_loss_of_half_precision_is_finite(base, dtype):
+    z, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+    short, long = (MetrixLoss(base, generator=torch.Generator().manual_seed(0))(x, y) for x in (z.to(dtype), z))
+    torch.testing.assert_close(short.float(), long, rtol=0.1, atol=0.05)
+
+
+def test_a_seed_is_a_generator():
+    x, labels, space = torch.rand(10, 2), [0] * 7 + [1] * 3, CaptionSpace(16, 4, generator=0)
+    for draw in (
+        lambda g: smote_points(x, 5, generator=g).points,
+        lambda g: under_sample(labels, generator=g),
+        lambda g: replicate(labels, generator=g),
+        lambda g: embedding_noise(x, 0.1, g),
+        lambda g: instance_replacement(x, 3, generator=g),
+        lambda g: CaptionSpace(16, 4, generator=g).direction,
+        lambda g: space.sample(5, generator=g).audio,
+        lambda g: SpriteSource()(0, 3, generator=g),
+        lambda g: DiverseGenerator([SpriteSource(), SpriteSource()]).sample(1, 4, g).x,
+    ):
+        assert torch.equal(draw(3), draw(torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_smote_of_half_precision(dtype):
+    x, y = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(30) // 22
+    new_x, new_y = SMOTE(random_state=0).fit_resample(x, y)
+    assert new_x.dtype == dtype
+    assert new_y.bincount().tolist() == [22, 22]
+    assert torch.equal(new_x[:30], x)
+
+
+def test_a_metric_loss_with_a_seed_moves_on_from_batch_to_batch():
+    loss, z, y = MetrixLoss(generator=0), torch.randn(8, 4), torch.arange(8) % 2
+    assert loss(z, y) != loss(z, y)
+
+
+def test_widths_that_differ_are_refused():
+    wide, thin = torch.randn(6, 3), torch.randn(6, 1)
+    for measure in (
+        lambda: close_gap(wide, thin, thin),
+        lambda: close_gap(wide, wide, thin),
+        lambda: memory_projection(wide, thin),
+        lambda: similarity_filter(wide, thin),
+    ):
+        with pytest.raises(ValueError, match=r"expected .* of one width d, got"):
+            measure()
+    with pytest.raises(ValueError, match="expected fpr, tpr to have one length"):
+        joint_roc_hull([([0.1, 0.2], [0.5])])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from companion import runtime
 from companion._stacked import stacked_forward
-from companion.checks import as_tensor, check_in_range, check_positive_int, check_same_length
+from companion.checks import as_tensor, check_generator, check_in_range, check_positive_int, check_same_length
 from companion.training import ManyModels
 
 __all__ = ["AffineFamily", "PrimalDualAugment", "TransformSampler", "Transformed", "fit_constrained"]
@@ -239,6 +239,7 @@ def _one_each(value: float | Sequence[float], n: int, name: str) -> Tensor:
     return torch.tensor([check_in_range(v, name, 0) for v in values], dtype=torch.get_default_dtype())
 
 
+@torch.enable_grad()
 def fit_constrained(
     make_model: Callable[[], nn.Module],
     seeds: Sequence[int],
@@ -249,7 +250,7 @@ def fit_constrained(
     n_steps: int = 400,
     batch_size: int = 64,
     lr: float = 3e-3,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     device: str | torch.device = "auto",
 ) -> ManyModels:
     """Train one classifier per seed under the constraints of a learner, all at once, each with its own prices.
@@ -257,13 +258,13 @@ def fit_constrained(
     Args:
         make_model: called once per seed, under that seed.
         seeds: one per model; m of them.
-        x: images (n, c, h, w), shared, or (m, n, c, h, w).
+        x: images (n, c, h, w), shared, or (m, n, c, h, w); cast to the dtype of the models.
         y: classes (n,) or (m, n).
         learner: `PrimalDualAugment`; its `duals_` become (m, K).
         n_steps: batches.
         batch_size: images per model and batch, drawn anew for each.
         lr: of Adam, which falls to zero along a cosine.
-        generator: draws batches and transformations; None makes one from the seeds.
+        generator: draws batches and transformations; a seed will do, None makes one from the seeds.
         device: see `companion.runtime.device`.
 
     Returns:
@@ -286,9 +287,11 @@ def fit_constrained(
             models.append(make_model().to(where))
     many = ManyModels(models)
     m = len(many)
+    generator = check_generator(generator)
     if generator is None:
         generator = torch.Generator().manual_seed(hash(tuple(seeds)) & 0x7FFFFFFF)
     x, y = as_tensor(x).to(where), as_tensor(y).to(where)
+    x = x.to(next(iter(many.params.values())).dtype)
     x, y = x.expand(m, *x.shape) if x.dim() == 4 else x, y.expand(m, -1) if y.dim() == 1 else y
     params = {name: p.detach().clone().requires_grad_() for name, p in many.params.items()}
     optimizer = torch.optim.Adam(params.values(), lr=lr)

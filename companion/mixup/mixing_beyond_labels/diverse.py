@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from companion.checks import check_features, check_in_range, check_labels, check_logits, check_positive_int
+from companion.checks import (
+    check_features,
+    check_generator,
+    check_in_range,
+    check_labels,
+    check_logits,
+    check_positive_int,
+)
 from companion.data import make_sprites
 from companion.neighbors import knn
 
@@ -81,15 +88,15 @@ class DiverseGenerator:
         self.sources, self.prompts = dict(named), tuple(prompts)
         self.extra_classes = tuple(extra_classes)
 
-    def sample(self, label: int, n: int, generator: torch.Generator | None = None) -> Generated:
+    def sample(self, label: int, n: int, generator: torch.Generator | int | None = None) -> Generated:
         """Draw n samples of a class, the same number (give or take one) from every pair of source and prompt.
 
         Args:
             label: the class.
             n: how many; the first pairs get one more where n does not divide.
-            generator: handed to the sources.
+            generator: handed to the sources; a seed becomes a generator first.
         """
-        n = check_positive_int(n, "n")
+        n, generator = check_positive_int(n, "n"), check_generator(generator)
         pairs = list(product(range(len(self.sources)), range(len(self.prompts))))
         shares = [n // len(pairs) + (i < n % len(pairs)) for i in range(len(pairs))]
         functions = list(self.sources.values())
@@ -99,8 +106,9 @@ class DiverseGenerator:
         owners = torch.repeat_interleave(torch.tensor(pairs), torch.tensor(shares), dim=0)
         return Generated(torch.cat(parts), torch.full((n,), label), owners[:, 0], owners[:, 1])
 
-    def sample_extra(self, n: int, generator: torch.Generator | None = None) -> Generated | None:
+    def sample_extra(self, n: int, generator: torch.Generator | int | None = None) -> Generated | None:
         """Draw n samples of every extra class, or return None where there is none."""
+        generator = check_generator(generator)
         parts = [self.sample(label, n, generator) for label in self.extra_classes]
         return Generated(*(torch.cat(field) for field in zip(*parts))) if parts else None
 
@@ -148,8 +156,11 @@ class SpriteSource:
         self.blur, self.image_size = check_positive_int(blur, "blur"), check_positive_int(image_size, "image_size")
         self.noise = check_in_range(noise, "noise", 0)
 
-    def __call__(self, label: int, n: int, prompt: Any = None, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self, label: int, n: int, prompt: Any = None, generator: torch.Generator | int | None = None
+    ) -> Tensor:
         """Draw n pictures of a class: (n, 1, size, size) in [0, 1]."""
+        generator = check_generator(generator)
         turns = torch.rand(n, generator=generator)
         if self.angles is not None:
             turns = (turns * self.angles).floor() / self.angles
@@ -189,6 +200,9 @@ def energy_score(logits: Any) -> Tensor:
     Returns:
         (n,).
 
+    Raises:
+        ValueError: not logits.
+
     >>> energy_score([[0.0, 0.0]])
     tensor([-0.6931])
 
@@ -206,6 +220,9 @@ def energy_gap(train_logits: Any, test_logits: Any) -> Tensor:
     Args:
         train_logits: (n, C).
         test_logits: (m, C).
+
+    Raises:
+        ValueError: not logits.
 
     >>> energy_gap([[4.0, 0.0]], [[0.0, 0.0]])
     tensor(3.3250)
@@ -225,6 +242,9 @@ def coverage(train: Any, test: Any) -> Tensor:
     Args:
         train: features (n, d).
         test: features (m, d).
+
+    Raises:
+        ValueError: not features of one width, fewer than two new samples.
 
     >>> coverage([[0.0], [1.0]], [[0.0], [1.0], [5.0], [6.0]])
     tensor(0.)
@@ -252,6 +272,9 @@ def similarity_filter(generated: Any, real: Any, keep: float = 0.8, labels: Any 
     Returns:
         (k,) indices, ascending.
 
+    Raises:
+        ValueError: not features of one width, a share outside (0, 1], labels of another length.
+
     >>> similarity_filter([[1.0, 0.0], [0.0, 1.0]], [[2.0, 0.0]], keep=0.5)
     tensor([0])
 
@@ -260,6 +283,8 @@ def similarity_filter(generated: Any, real: Any, keep: float = 0.8, labels: Any 
     """
     generated = check_features(generated, "generated")
     real = check_features(real, "real", device=generated.device)
+    if generated.shape[1] != real.shape[1]:
+        raise ValueError(f"expected features of one width d, got {generated.shape[1]} and {real.shape[1]}")
     check_in_range(keep, "keep", 0, 1, "high")
     centre = torch.nn.functional.normalize(real, dim=1).mean(0)
     similarity = torch.nn.functional.normalize(generated, dim=1) @ centre.to(generated)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.checks import check_features, check_in_range, check_positive_int, check_same_length
+from companion.checks import check_features, check_generator, check_in_range, check_positive_int, check_same_length
 from companion.neighbors import knn
 from companion.nets import MLP
 from companion.ranking import auroc
@@ -92,6 +92,9 @@ def close_gap(z: Any, source: Any, target: Any) -> Tensor:
         source: embeddings whose mean is taken away.
         target: embeddings whose mean is put in its place.
 
+    Raises:
+        ValueError: not embeddings of one width.
+
     >>> close_gap([[5.0]], source=[[4.0], [6.0]], target=[[0.0]])
     tensor([[0.]])
 
@@ -100,16 +103,26 @@ def close_gap(z: Any, source: Any, target: Any) -> Tensor:
     """
     z = check_features(z, "z")
     source, target = check_features(source, "source").to(z), check_features(target, "target").to(z)
+    _check_widths(z=z, source=source, target=target)
     return z - (source.mean(0) - target.mean(0))
 
 
-def embedding_noise(z: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+def _check_widths(**embeddings: Tensor) -> None:
+    widths = {name: x.shape[1] for name, x in embeddings.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"expected embeddings of one width d, got {widths}")
+
+
+def embedding_noise(z: Tensor, std: float, generator: torch.Generator | int | None = None) -> Tensor:
     """Return z with Gaussian noise of deviation `std` in every dimension, one half of the soft prompt's mixing.
 
     Args:
         z: embeddings (..., d).
         std: of the noise, per dimension; its length is about `std * sqrt(d)`.
-        generator: None uses torch's default generator.
+        generator: a seed will do, None uses torch's default generator.
+
+    Raises:
+        ValueError: a deviation below zero.
 
     >>> embedding_noise(torch.zeros(1, 3), 0.0)
     tensor([[0., 0., 0.]])
@@ -118,11 +131,12 @@ def embedding_noise(z: Tensor, std: float, generator: torch.Generator | None = N
     Chapter: mixup/mixing-beyond-labels
     """
     check_in_range(std, "std", 0)
+    generator = check_generator(generator)
     home = z.device if generator is None else generator.device
     return z + std * torch.randn(z.shape, generator=generator, device=home).to(z)
 
 
-def instance_replacement(z: Any, k: int = 5, p: float = 0.5, generator: torch.Generator | None = None) -> Tensor:
+def instance_replacement(z: Any, k: int = 5, p: float = 0.5, generator: torch.Generator | int | None = None) -> Tensor:
     """Return z in which each row, with probability p, is replaced by one of its k nearest rows by cosine.
 
     The captions stay: a decoder that sees a neighbour's embedding with its own caption learns not to rely on detail.
@@ -132,7 +146,10 @@ def instance_replacement(z: Any, k: int = 5, p: float = 0.5, generator: torch.Ge
         z: embeddings (n, d).
         k: neighbours to choose from.
         p: probability of a replacement.
-        generator: None uses torch's default generator.
+        generator: a seed will do, None uses torch's default generator.
+
+    Raises:
+        ValueError: no features, a row of zeros, k not below n, p outside [0, 1].
 
     >>> instance_replacement([[1.0, 0.0], [0.9, 0.1]], k=1, p=1.0)
     tensor([[0.9000, 0.1000],
@@ -144,6 +161,7 @@ def instance_replacement(z: Any, k: int = 5, p: float = 0.5, generator: torch.Ge
     z = check_features(z, "z")
     check_in_range(p, "p", 0, 1)
     neighbours = knn(z, k=k, metric="cosine").indices
+    generator = check_generator(generator)
     home = "cpu" if generator is None else generator.device
     rank = torch.randint(k, (len(z), 1), generator=generator, device=home).to(z.device)
     replaced = (torch.rand(len(z), generator=generator, device=home) < p).to(z.device)
@@ -161,6 +179,9 @@ def memory_projection(z: Any, bank: Any, temperature: float = 0.05) -> Tensor:
         bank: embeddings of the kind wanted (m, d).
         temperature: tau; small picks the nearest entry.
 
+    Raises:
+        ValueError: not embeddings of one width, a temperature of at most 0.
+
     >>> memory_projection([[2.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], temperature=0.001)
     tensor([[1., 0.]])
 
@@ -169,6 +190,7 @@ def memory_projection(z: Any, bank: Any, temperature: float = 0.05) -> Tensor:
     """
     z = check_features(z, "z")
     bank = check_features(bank, "bank", device=z.device).to(z)
+    _check_widths(z=z, bank=bank)
     check_in_range(temperature, "temperature", 0, inclusive="neither")
     return (F.normalize(z, dim=1) @ F.normalize(bank, dim=1).T / temperature).softmax(1) @ bank
 
@@ -185,6 +207,9 @@ def retrieve_tags(z: Any, tags: Any, k: int = 3) -> Tensor:
 
     Returns:
         (n, t) float, k ones per row.
+
+    Raises:
+        ValueError: not embeddings of one width, a row of zeros, k above the number of tags.
 
     >>> retrieve_tags([[0.9, 0.1, 5.0]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], k=1)
     tensor([[1., 0.]])
@@ -228,7 +253,7 @@ class CaptionSpace:
         gap: "outside" or "inside".
         curvature: c, how far meanings bend away from a sum of words.
         twist: t, how far sounds bend away from texts.
-        generator: draws the words; None uses torch's default generator.
+        generator: draws the words; a seed will do, None uses torch's default generator.
 
     Attributes:
         tags: (slots * choices, d), unit embeddings of the words.
@@ -252,7 +277,7 @@ class CaptionSpace:
         gap: str = "outside",
         curvature: float = 0.5,
         twist: float = 0.1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ):
         if gap not in ("outside", "inside"):
             raise ValueError(f"expected gap 'outside' or 'inside', got {gap!r}")
@@ -261,6 +286,7 @@ class CaptionSpace:
             raise ValueError(f"expected meaning below dim={dim}, so that there is an outside, got {meaning}")
         self.slots, self.choices = check_positive_int(slots, "slots"), check_positive_int(choices, "choices", 2)
         self.curvature, self.twist = check_in_range(curvature, "curvature", 0), check_in_range(twist, "twist", 0)
+        generator = check_generator(generator)
         frame = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
         self._frame = frame[:meaning]  # (meaning, d)
         words = torch.randn(slots * choices, meaning, generator=generator)
@@ -277,7 +303,7 @@ class CaptionSpace:
         shift: float = 1.0,
         text_noise: float = 0.01,
         audio_noise: float = 0.06,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ) -> Captions:
         """Draw scenes.
 
@@ -286,11 +312,12 @@ class CaptionSpace:
             shift: length of the gap.
             text_noise: standard deviation per dimension.
             audio_noise: standard deviation per dimension.
-            generator: None uses torch's default generator.
+            generator: a seed will do, None uses torch's default generator.
 
         Returns:
             `Captions(text, audio, words)`.
         """
+        generator = check_generator(generator)
         words = torch.randint(self.choices, (n, self.slots), generator=generator)
         places = words + self.choices * torch.arange(self.slots)
         total = self._words[places].sum(1)  # (n, meaning)

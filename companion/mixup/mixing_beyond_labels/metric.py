@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.checks import check_features, check_in_range, check_labels, check_positive_int
+from companion.checks import check_features, check_generator, check_in_range, check_labels, check_positive_int
+from companion.geometry import single
 from companion.mixing import Mixed, mixup
 from companion.neighbors import knn
 
@@ -72,6 +73,7 @@ def generic_metric_loss(similarity: Tensor, target: Tensor, base: str = "ms", ma
     if similarity.shape != target.shape:
         raise ValueError(f"expected one target per similarity, got {tuple(similarity.shape)} and {tuple(target.shape)}")
     rho_pos, rho_neg, sigma_pos, sigma_neg = BASES[base]
+    similarity, target = single(similarity), single(target)  # the exponentials leave the range of a short float
     same, different = target, 1 - target
     if mask is not None:
         same, different = same * mask, different * mask
@@ -167,7 +169,7 @@ class MetrixLoss(nn.Module):
         weight: of the mixed term.
         n_classes: with "proxy", how many proxies.
         dim: with "proxy", dimensions of the embeddings.
-        generator: draws pairs and lam; None uses torch's default generator.
+        generator: draws pairs and lam; a seed will do, None uses torch's default generator.
 
     Attributes:
         proxies: (C, d) with "proxy", else None. Give the loss's parameters to the optimizer too.
@@ -188,17 +190,17 @@ class MetrixLoss(nn.Module):
         *,
         n_classes: int | None = None,
         dim: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ):
         super().__init__()
         if base not in BASES:
             raise ValueError(f"expected base among {sorted(BASES)}, got {base!r}")
-        self.base, self.generator = base, generator
+        self.base, self.generator = base, check_generator(generator)
         self.alpha, self.weight = check_in_range(alpha, "alpha", 0), check_in_range(weight, "weight", 0)
         self.proxies: nn.Parameter | None = None
         if base == "proxy":
             shape = check_positive_int(n_classes, "n_classes"), check_positive_int(dim, "dim")
-            self.proxies = nn.Parameter(torch.randn(shape, generator=generator))
+            self.proxies = nn.Parameter(torch.randn(shape, generator=self.generator))
 
     def forward(self, embeddings: Tensor, labels: Tensor, mixed: Mixed | None = None) -> Tensor:
         """Return the loss of a batch.
@@ -256,6 +258,9 @@ def recall_at(embeddings: Any, labels: Any, k: int = 1) -> Tensor:
 
     Returns:
         A float64 scalar.
+
+    Raises:
+        ValueError: not features, a row of zeros, labels of another length, k not below n.
 
     >>> recall_at([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]], [0, 0, 1])
     tensor(0.6667, dtype=torch.float64)

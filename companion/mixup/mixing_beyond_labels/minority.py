@@ -20,7 +20,15 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import column_or_1d, validate_data
 from torch import Tensor
 
-from companion.checks import check_features, check_generator, check_in_range, check_labels, check_positive_int
+from companion.checks import (
+    check_features,
+    check_generator,
+    check_in_range,
+    check_labels,
+    check_positive_int,
+    check_same_length,
+)
+from companion.geometry import single
 from companion.neighbors import knn
 
 __all__ = ["SMOTE", "JointHull", "SyntheticPoints", "joint_roc_hull", "replicate", "smote_points", "under_sample"]
@@ -44,7 +52,7 @@ class SyntheticPoints(NamedTuple):
     lam: Tensor
 
 
-def smote_points(x: Any, n: int, k: int = 5, generator: torch.Generator | None = None) -> SyntheticPoints:
+def smote_points(x: Any, n: int, k: int = 5, generator: torch.Generator | int | None = None) -> SyntheticPoints:
     r"""Draw n new points on segments between rows of x and one of their k nearest neighbours.
 
     $\tilde x = x_i + \lambda\,(x_j - x_i)$, with i uniform, j uniform among the k nearest neighbours of i in x, and
@@ -55,7 +63,7 @@ def smote_points(x: Any, n: int, k: int = 5, generator: torch.Generator | None =
         x: the rare class, shape (m, d).
         n: how many points to draw.
         k: neighbours to choose from, at most m - 1.
-        generator: None uses torch's default generator.
+        generator: a seed will do, None uses torch's default generator.
 
     Returns:
         `SyntheticPoints(points, base, neighbour, lam)`.
@@ -71,7 +79,7 @@ def smote_points(x: Any, n: int, k: int = 5, generator: torch.Generator | None =
     Chapter: mixup/mixing-beyond-labels
     """
     x = check_features(x).detach()
-    n, k = check_positive_int(n, "n"), check_positive_int(k, "k")
+    n, k, generator = check_positive_int(n, "n"), check_positive_int(k, "k"), check_generator(generator)
     if k >= len(x):
         raise ValueError(f"expected k below the number of rows, {len(x)}, got k={k}: take a smaller k")
     base = torch.randint(len(x), (n,), generator=generator).to(x.device)
@@ -193,7 +201,7 @@ class SMOTE(OneToOneFeatureMixin, BaseEstimator):
     def _read(self, X: Any, y: Any) -> tuple[Any, np.ndarray, bool]:
         """Return the samples as array or sparse matrix, the classes, and whether they came as one-hot rows."""
         check_positive_int(self.k_neighbors, "k_neighbors")
-        X, y = (v.detach().cpu().numpy() if isinstance(v, Tensor) else v for v in (X, y))
+        X, y = (single(v).detach().cpu().numpy() if isinstance(v, Tensor) else v for v in (X, y))
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
         check_classification_targets(y)
@@ -282,13 +290,13 @@ def _float_dtype(given: Tensor) -> torch.dtype | None:
     return given.dtype if given.is_floating_point() or given.dim() == 1 else None
 
 
-def under_sample(labels: Any, ratio: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+def under_sample(labels: Any, ratio: float = 1.0, generator: torch.Generator | int | None = None) -> Tensor:
     """Choose all samples of the rarer class and so many of the other that the rarer one is `ratio` times as large.
 
     Args:
         labels: (n,), 0 or 1.
         ratio: rare over common after the choice, in (0, 1]; where it is there already, nothing is left out.
-        generator: a cpu generator; None means torch's default one.
+        generator: a cpu generator or a seed; None means torch's default generator.
 
     Returns:
         (k,) indices, ascending.
@@ -301,17 +309,17 @@ def under_sample(labels: Any, ratio: float = 1.0, generator: torch.Generator | N
     """
     rare, common = _rare_and_common(labels, ratio)
     kept = min(len(common), round(len(rare) / ratio))
-    chosen = common[torch.randperm(len(common), generator=generator)[:kept]]
+    chosen = common[torch.randperm(len(common), generator=check_generator(generator))[:kept]]
     return torch.cat([rare, chosen]).sort().values
 
 
-def replicate(labels: Any, ratio: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+def replicate(labels: Any, ratio: float = 1.0, generator: torch.Generator | int | None = None) -> Tensor:
     """Repeat samples of the rarer class, drawn with replacement, until it is `ratio` times as large as the other.
 
     Args:
         labels: (n,), 0 or 1.
         ratio: rare over common afterwards, in (0, 1]; where it is there already, nothing is repeated.
-        generator: a cpu generator; None means torch's default one.
+        generator: a cpu generator or a seed; None means torch's default generator.
 
     Returns:
         (k,) indices: all samples, then the repeated ones.
@@ -324,7 +332,7 @@ def replicate(labels: Any, ratio: float = 1.0, generator: torch.Generator | None
     """
     rare, common = _rare_and_common(labels, ratio)
     missing = max(0, int(ratio * len(common)) - len(rare))
-    extra = rare[torch.randint(len(rare), (missing,), generator=generator)]
+    extra = rare[torch.randint(len(rare), (missing,), generator=check_generator(generator))]
     return torch.cat([torch.arange(len(rare) + len(common)), extra])
 
 
@@ -355,7 +363,7 @@ def joint_roc_hull(curves: Sequence[tuple[Any, ...]] | Sequence[Callable]) -> Jo
         `JointHull(fpr, tpr, area)`, float64.
 
     Raises:
-        ValueError: no curve, or rates outside [0, 1].
+        ValueError: no curve, rates outside [0, 1], or not as many of one kind as of the other.
 
     >>> hull = joint_roc_hull([([0.1], [0.5]), ([0.4], [0.8]), ([0.5], [0.6])])
     >>> hull.fpr.tolist(), round(float(hull.area), 4)
@@ -368,6 +376,7 @@ def joint_roc_hull(curves: Sequence[tuple[Any, ...]] | Sequence[Callable]) -> Jo
         raise ValueError("expected at least one curve, got none")
     points = [(0.0, 0.0), (1.0, 1.0)]
     for fpr, tpr, *_ in curves:
+        check_same_length(fpr=fpr, tpr=tpr)
         points += zip(*(torch.as_tensor(v, dtype=torch.float64).flatten().tolist() for v in (fpr, tpr)))
     if not all(math.isfinite(v) and 0 <= v <= 1 for point in points for v in point):
         raise ValueError("expected rates in [0, 1], got some outside")
