@@ -402,3 +402,11 @@ def test_devices_agree(device, generator):
     image = torch.randn(2, 3, 16, 16, generator=generator)
     torch.testing.assert_close(net(image.to(device)).cpu(), GlyphNet(seed=0)(image), rtol=1e-3, atol=1e-3)
     assert functional_call(net, dict(net.named_parameters()), (image.to(device),)).shape == (2, 3)
+
+
+def test_glyphs_where_double_precision_is_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert make_glyph_pairs(4, generator=torch.Generator().manual_seed(0)).images.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -318,3 +318,11 @@ def test_spectra_refuse_bad_input(generator):
         Upsampler("cubic")
     with pytest.raises(ValueError, match="rings"):
         match_spectrum(Upsampler("zero", 1, seed=0), torch.zeros(1, 1, 8, 8), torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_spectra_of_half_precision_are_computed_in_float32(dtype):
+    images = make_random_fields(3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spectra = radial_power_spectrum(images)
+    assert spectra.dtype == dtype
+    assert torch.equal(spectra, radial_power_spectrum(images.float()).to(dtype))

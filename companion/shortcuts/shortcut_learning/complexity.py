@@ -191,7 +191,7 @@ def make_glyph_pairs(n: int, *, noise: float = 0.15, generator: torch.Generator 
     color, left, relation = factors = torch.randint(2, (3, n), generator=generator)
     right = torch.where(relation == 1, left, 1 - left)  # 1: the same glyph twice
     glyphs = torch.stack([_PLUS, _CROSS])
-    canvas = torch.zeros(n, 16, 16)
+    canvas = torch.zeros(n, 16, 16, dtype=glyphs.dtype)
     at = torch.arange(n)[:, None, None]
     span = torch.arange(5)
     for side, kind in enumerate((left, right)):

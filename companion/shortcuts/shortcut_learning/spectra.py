@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from companion.checks import as_tensor, check_binary, check_generator, check_in_range, check_positive_int
+from companion.geometry import single
 
 __all__ = [
     "SpectralDecay",
@@ -81,6 +82,7 @@ def radial_power_spectrum(images: Any, *, window: str = "hann", corners: bool = 
     if window not in WINDOWS:
         raise ValueError(f"expected window among {WINDOWS}, got {window!r}")
     height, width = x.shape[2:]
+    dtype, x = x.dtype, single(x)
     x = x - x.mean((2, 3), keepdim=True)
     if window == "hann":
         fade = [torch.hann_window(side, periodic=False, dtype=x.dtype, device=x.device) for side in (height, width)]
@@ -89,7 +91,7 @@ def radial_power_spectrum(images: Any, *, window: str = "hann", corners: bool = 
     ring = _rings(height, width)
     member = F.one_hot(ring)[:, 1 : None if corners else min(height, width) // 2 + 1].to(power)  # (h * w, rings)
     mean = power @ (member / member.sum(0).clamp_min(1))
-    return mean.clamp_min(_FLOOR).log() if log else mean
+    return (mean.clamp_min(_FLOOR).log() if log else mean).to(dtype)
 
 
 def _rings(height: int, width: int) -> Tensor:
