@@ -702,3 +702,51 @@ class TestMoments:
                 MomentProbe(**{"dim": 8, "n_classes": 3, **setting})
         with pytest.raises(ValueError, match="elongation"):
             oriented_noise(4, elongation=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_in_half_precision(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (300 * torch.randn(200, 6, generator=generator) * torch.tensor([9.0, 3, 1, 1, 0.3, 0.1])).to(dtype)
+    y = torch.arange(200) % 2
+    for detector in (MVGDetector(), MahalanobisOOD(), PooledNaiveBayes(), HierarchicalGMM(random_state=0)):
+        fitted, other = (clone(detector).fit(v, y) for v in (x, x.float()))
+        assert torch.equal(torch.as_tensor(fitted.predict(x)), torch.as_tensor(other.predict(x.float())))
+        if hasattr(fitted, "score_samples"):
+            assert torch.equal(fitted.score_samples(x), other.score_samples(x.float()))
+    distances = mahalanobis(x, [0.0] * 6, 300**2 * torch.eye(6))
+    assert distances.dtype == dtype
+    assert torch.equal(distances, mahalanobis(x.float(), [0.0] * 6, 300**2 * torch.eye(6)).to(dtype))
+    assert torch.equal(few_shot_accuracy(x, y, 5, generator=0), few_shot_accuracy(x.float(), y, 5, generator=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_frozen_features_of_a_network_in_another_precision(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    images = torch.rand(5, 3, 8, 8)
+    usual = FrozenFeatures(net).transform(images)
+    rows = FrozenFeatures(copy.deepcopy(net).to(dtype)).transform(images)
+    assert rows.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(rows.float(), usual, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("offset", "atol"), [(1e3, 2e-3), (1e5, 0.1)])
+@pytest.mark.parametrize("detector", [PooledNaiveBayes(), MahalanobisOOD(), HierarchicalGMM(random_state=0)], ids=repr)
+def test_classifiers_far_from_the_origin(detector, offset, atol):
+    x = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(300) % 3
+    x = (x + y[:, None]).double()
+    near = clone(detector).fit(x, y).predict_proba(x)
+    shifted = (x + offset).float()
+    far = clone(detector).fit(shifted, y).predict_proba(shifted)
+    torch.testing.assert_close(far.double(), near, atol=atol, rtol=0)
+
+
+def test_a_seed_does_not_test_on_the_training_samples():
+    task = GaussianMixture([[-1.0, 0.0], [1.0, 0.0]])
+    seeded = excess_error_curve(PooledNaiveBayes(), task, [5, 50], n_test=50, n_repeats=3, generator=1)
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(
+        seeded, excess_error_curve(PooledNaiveBayes(), task, [5, 50], n_test=50, n_repeats=3, generator=generator)
+    )

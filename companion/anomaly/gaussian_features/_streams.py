@@ -12,6 +12,7 @@ from torch import Tensor
 
 from companion import runtime
 from companion.checks import as_tensor, check_features, check_same_length
+from companion.geometry import single
 from companion.statistics import ClassMoments, shrunk_covariance
 
 ROWS = 8192  # rows that are whitened or compared at a time: memory does not grow with n
@@ -22,7 +23,7 @@ def as_matrix(estimator: Any, X: Any, *, reset: bool, min_samples: int = 1) -> T
     """Return X as features (n, d) on the estimator's device, and hold their width against that of fit."""
     if not isinstance(X, Tensor):
         X = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=min_samples)
-    x = check_features(X, "X", min_samples=min_samples)
+    x = single(check_features(X, "X", min_samples=min_samples))  # covariances leave the range of a short float
     if reset:
         estimator.n_features_in_ = x.shape[1]
     elif x.shape[1] != estimator.n_features_in_:

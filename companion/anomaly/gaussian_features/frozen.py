@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from companion.anomaly.visual_anomalies.backbone import load_backbone
-from companion.checks import as_tensor, check_features, check_in_range, check_labels, check_positive_int
+from companion.checks import (
+    as_tensor,
+    check_features,
+    check_generator,
+    check_in_range,
+    check_labels,
+    check_positive_int,
+)
+from companion.geometry import single
 from companion.layers import read_layers
 from companion.neighbors import knn
 from companion.runtime import device as pick_device
@@ -102,14 +110,15 @@ class FrozenFeatures(TransformerMixin, BaseEstimator):
         if isinstance(self.model, str):
             return load_backbone(self.model, layers).to(where)
         model, names = self.model.to(where), layers or [""]
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
         def read(images: Tensor) -> list[Tensor]:
-            outputs, _ = read_layers(model, images, outputs_of=names)
+            outputs, _ = read_layers(model, images.to(dtype), outputs_of=names)
             for name in names:
                 out = outputs.get(name)
                 if not isinstance(out, Tensor) or out.ndim < 2:
                     raise ValueError(f"expected a tensor (n, ...) from layer {name!r}, got {type(out).__name__}")
-            return [outputs[name] for name in names]
+            return [single(outputs[name]) for name in names]
 
         return read
 
@@ -143,7 +152,7 @@ def few_shot_accuracy(
     *,
     n_splits: int = 5,
     C: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     """Return the accuracy of a linear support vector machine trained on a few rows per class, per split.
 
@@ -156,7 +165,7 @@ def few_shot_accuracy(
         per_class: training rows per class; all others are scored.
         n_splits: random choices of those rows.
         C: of the support vector machine.
-        generator: draws the splits; None means torch's default one.
+        generator: draws the splits; a seed will do, None means torch's default generator.
 
     Returns:
         Accuracies (n_splits,).
@@ -171,8 +180,9 @@ def few_shot_accuracy(
     Paper: razavian2014cnn
     Chapter: anomaly/gaussian-features
     """
-    x = check_features(features, "features").detach().cpu()
+    x = single(check_features(features, "features").detach()).cpu()
     y = check_labels(labels, n=len(x)).cpu()
+    generator = check_generator(generator)
     per_class, check = check_positive_int(per_class, "per_class"), check_in_range(C, "C", 0, inclusive="neither")
     rows_of = [(y == c).nonzero().flatten() for c in y.unique()]
     if min(map(len, rows_of)) <= per_class:

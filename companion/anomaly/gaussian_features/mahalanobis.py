@@ -23,6 +23,7 @@ from companion.anomaly.gaussian_features._streams import (
     whitening_of,
 )
 from companion.checks import as_tensor, check_features, check_in_range
+from companion.geometry import single
 from companion.ranking import auroc
 from companion.statistics import Moments
 
@@ -54,6 +55,7 @@ def mahalanobis(x: Any, mean: Any, covariance: Any) -> Tensor:
     Chapter: anomaly/gaussian-features
     """
     x = check_features(x)
+    dtype, x = x.dtype, single(x)
     means = as_tensor(mean, "mean").to(x)
     covariance = as_tensor(covariance, "covariance").to(x)
     d = x.shape[1]
@@ -63,7 +65,7 @@ def mahalanobis(x: Any, mean: Any, covariance: Any) -> Tensor:
             f" {tuple(covariance.shape)}"
         )
     whitening = whitening_of(covariance.double(), "features").to(x)
-    distances = _distances(x, means.view(-1, d), whitening)
+    distances = _distances(x, means.view(-1, d), whitening).to(dtype)
     return distances[:, 0] if means.ndim == 1 else distances
 
 

@@ -14,7 +14,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from torch import Tensor
 
 from companion.anomaly.gaussian_features._streams import ClassLinear
-from companion.checks import check_in_range, check_positive_int
+from companion.checks import check_generator, check_in_range, check_positive_int
 from companion.data.mixtures import GaussianMixture
 
 __all__ = ["PooledNaiveBayes", "excess_error_curve", "samples_to_excess", "two_regimes_crossing"]
@@ -92,7 +92,13 @@ class PooledNaiveBayes(ClassLinear, ClassifierMixin, BaseEstimator):
         return self
 
     def _logits(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.intercept_, x.double(), self.coef_.T).to(x.dtype)
+        # the linear form about the middle of the classes: far from the origin `coef_` and `intercept_` cancel, and
+        # what is left would have lost its digits
+        middle = self.means_[self.counts_ > 0].mean(0)
+        apart = self.means_ - middle
+        prior = self.intercept_ + (self.means_ * self.coef_).sum(1) / 2
+        bias = prior - (apart.square() / self.variance_).sum(1) / 2
+        return torch.addmm(bias, x.double() - middle, (apart / self.variance_).T).to(x.dtype)
 
 
 def excess_error_curve(
@@ -102,7 +108,7 @@ def excess_error_curve(
     *,
     n_test: int = 4000,
     n_repeats: int = 1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     """Return how far above the least possible error a classifier ends, per number of training samples.
 
@@ -115,7 +121,7 @@ def excess_error_curve(
         sizes: numbers of training samples, increasing; a smaller set is the beginning of a larger one.
         n_test: test samples.
         n_repeats: how many training sets are averaged.
-        generator: draws the samples; None means torch's default one.
+        generator: draws the samples; a seed will do, None means torch's default generator.
 
     Returns:
         Excess error (sizes,).
@@ -133,6 +139,7 @@ def excess_error_curve(
     sizes = [check_positive_int(size, "sizes", minimum=2) for size in sizes]
     if not sizes or any(b <= a for a, b in pairwise(sizes)):
         raise ValueError(f"expected increasing sizes, got {sizes}")
+    generator = check_generator(generator)
     excess = torch.zeros(len(sizes), dtype=torch.float64)
     for _ in range(check_positive_int(n_repeats, "n_repeats")):
         x, y = task.sample(sizes[-1], generator)
