@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from apart import Apart
 from side_by_side import Comparison, Growth, OnCard, close
 from torch import nn
 
@@ -53,12 +54,6 @@ def twonn_by_skdim(x: np.ndarray) -> float:
     return skdim.id.TwoNN(discard_fraction=0.1).fit(x).dimension_
 
 
-def twonn_by_dadapy(x: np.ndarray) -> float:
-    from dadapy import Data
-
-    return Data(x, maxk=3, verbose=False).compute_id_2NN(mu_fraction=0.9)[0]
-
-
 def mle_by_skdim(x: np.ndarray, k: int) -> float:
     import skdim
 
@@ -80,7 +75,7 @@ def _twonn(n: int, d: int, wanted: float) -> Comparison:
         {
             "scikit-learn": lambda: two_nn_of(by_sklearn(array, 2)),
             "scikit-dimension": lambda: twonn_by_skdim(array),
-            "dadapy": lambda: twonn_by_dadapy(array),
+            "dadapy": Apart("dadapy", "twonn_by_dadapy", array),
             "faiss": lambda: two_nn_of(by_faiss(array, 2)),
         },
         close(1e-3),

@@ -24,6 +24,8 @@ import warnings
 from datetime import date
 from pathlib import Path
 
+from apart import python_of, version_of
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 VENV = HERE / ".venv"
@@ -41,10 +43,15 @@ OWN = ["torch", "numpy", "scipy", "scikit-learn", "torchmetrics", "matplotlib", 
 PINNED = ["torch", "scikit-learn", "torchmetrics"]  # what decides the companion's own speed: as in constraints.txt
 
 
-def oracles() -> list[str]:
-    """Return the requirements of oracles.txt."""
-    lines = (line.split("#")[0].strip() for line in ORACLES.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line]
+def oracles(mark: str = "") -> list[str]:
+    """Return the requirements of oracles.txt, or those that a mark stands behind."""
+    lines = (line.partition("#") for line in ORACLES.read_text(encoding="utf-8").splitlines())
+    return [line.strip() for line, _, comment in lines if line.strip() and comment.strip().startswith(mark)]
+
+
+def apart() -> list[str]:
+    """Return those that need an environment of their own."""
+    return oracles("apart:")
 
 
 def environment() -> dict[str, str]:
@@ -56,21 +63,24 @@ def environment() -> dict[str, str]:
         if known["mark"] == mark:
             return known["missing"]
     print(f"building {VENV.relative_to(ROOT)}: once, some minutes", flush=True)
-    if not PYTHON.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     pins = VENV / "pins.txt"
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins.write_text("\n".join(line for line in lines if line.split("==")[0] in PINNED) + "\n", encoding="utf-8")
     missing: dict[str, str] = {}
-    wanted = oracles()
+    wanted = [line for line in oracles() if line not in apart()]
     remote = [line for line in wanted if " @ " in line]
     if _install(pins, OWN + [line for line in wanted if line not in remote]):
         failed = _install(pins, OWN)
         if failed:
             raise SystemExit(f"what the companion itself needs does not install:\n{failed}")
         remote = wanted
-    for line in remote:
-        failed = _install(pins, [line])
+    failures = {line: _install(pins, [line]) for line in remote}
+    for line in apart():
+        python = python_of(_name(line))
+        subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+        failures[line] = _install(None, [line], python)
+    for line, failed in failures.items():
         if failed:
             missing[line] = failed
             print(f"NOT INSTALLED: {line}: {failed}", flush=True)
@@ -78,10 +88,14 @@ def environment() -> dict[str, str]:
     return missing
 
 
-def _install(pins: Path, requirements: list[str]) -> str:
+def _name(line: str) -> str:
+    return re.split(r"[ <>=@!]", line)[0]
+
+
+def _install(pins: Path | None, requirements: list[str], python: Path = PYTHON) -> str:
     """Install; return the last line of what went wrong, or nothing."""
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(pins)]
-    command += shlex.split(os.environ.get("PIP_ARGS", ""))
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += (["-c", str(pins)] if pins else []) + shlex.split(os.environ.get("PIP_ARGS", ""))
     done = subprocess.run([*command, *requirements], capture_output=True, text=True, check=False)
     lines = [line.strip() for line in done.stderr.splitlines()]
     errors = [line for line in lines if line.lower().startswith(("fatal", "error"))]
@@ -117,7 +131,10 @@ def versions() -> dict[str, str]:
 
     found = {"feature-geometry": __version__}
     for line in ["torch", "numpy", "scipy", "scikit-learn", "torchmetrics", *oracles()]:
-        name = re.split(r"[ <>=@!]", line)[0]
+        name = _name(line)
+        if line in apart():
+            found[name] = version_of(name)
+            continue
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,3 +88,35 @@ def test_growth_notes_time_and_memory(side_by_side, capsys):
     small, large = side_by_side.grow(curve, 1)["points"]
     assert large["ms"] > 0
     assert large["mb"] is None or large["mb"] > 50 > small["mb"]
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield __import__("apart")
+    sys.modules.pop("apart", None)
+
+
+def test_a_peer_in_an_environment_of_its_own_answers_call_after_call(apart, tmp_path, monkeypatch):
+    site = tmp_path / "dadapy.py"  # stands in for the library
+    site.write_text(
+        "class Data:\n"
+        "    def __init__(self, x, maxk, verbose):\n        print('a library that talks')\n        self.x = x\n"
+        "    def compute_id_2NN(self, mu_fraction):\n        return len(self.x), 0.0\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(apart, "python_of", lambda peer: python)
+    run = apart.Apart("dadapy", "twonn_by_dadapy", np.zeros((300, 2)))
+    assert [run(), run()] == [300.0, 300.0]
+    site.write_text("raise ImportError('broken')\n")
+    with pytest.raises(ImportError, match="dadapy does not run"):
+        apart.Apart("dadapy", "twonn_by_dadapy", np.zeros((300, 2)))()
+
+
+def test_a_peer_without_its_environment_is_missing(apart, monkeypatch, tmp_path):
+    monkeypatch.setattr(apart, "HOME", tmp_path)
+    assert apart.version_of("dadapy") == ""
+    with pytest.raises(ImportError, match="dadapy does not run"):
+        apart.Apart("dadapy", "twonn_by_dadapy", np.zeros((3, 2)))()
