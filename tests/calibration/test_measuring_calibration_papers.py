@@ -489,3 +489,31 @@ class TestSegmenters:
         one, two = GaussianScorer(2, seed=1), GaussianScorer(2, seed=1)
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.equal(one(torch.ones(1, 2)), two(torch.ones(1, 2)))
+
+
+def test_cape_takes_the_floats_of_numpy():
+    data = make_latent_probability(200, 3, generator=0)
+    settings = {"warmup": 3, "epochs": 3, "random_state": 0}
+    usual = CaPETrainer(MLP((3, 8, 1), seed=0), **settings).fit(data.x, data.y).predict_proba(data.x)
+    wide = CaPETrainer(MLP((3, 8, 1), seed=0), **settings).fit(data.x.double().numpy(), data.y.numpy())
+    probs = wide.predict_proba(data.x.double().numpy())
+    assert probs.dtype == torch.float64
+    torch.testing.assert_close(probs, usual.double())
+
+
+def test_counting_leaves_each_part_in_its_mode():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout()).train()
+    model[1].eval()
+    count_macs(model, (1, 8, 8))
+    assert [part.training for part in model.modules()] == [True, True, False, True]
+
+
+def test_a_seed_is_a_generator():
+    images, scores = torch.rand(2, 1, 8, 8), torch.rand(3, 2, 2)
+    for draw in (lambda g: degrade(images, noise=0.1, generator=g), lambda g: win_probability(scores, 50, g)):
+        assert torch.equal(draw(3), draw(torch.Generator().manual_seed(3)))
+
+
+def test_a_score_for_each_quality():
+    with pytest.raises(ValueError, match="expected scores"):
+        gaussian_score_loss(torch.rand(4, 2, 2), torch.rand(4, 1))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 from companion.calibration import (
@@ -576,3 +577,39 @@ class TestProgressiveTargets:
             targets.update(torch.full((3, 2), 0.5))
         with pytest.raises(ValueError, match="logits"):
             targets.update(torch.tensor([[3.0, -1.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        TemperatureScaler(),
+        HCalibrator(steps=30),
+        HCalibrator("margin", steps=30, random_state=0),
+        CorrectnessCalibrator("nll", steps=30, random_state=0),
+    ],
+    ids=repr,
+)
+def test_logits_in_half_precision(estimator, dtype):
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(400, 4, generator=generator)
+    labels = torch.softmax(true, 1).multinomial(1, generator=generator).squeeze(1)
+    logits = (3 * true).to(dtype)
+    probs = clone(estimator).fit(logits, labels).predict_proba(logits)
+    assert probs.dtype == dtype
+    expected = clone(estimator).fit(logits.float(), labels).predict_proba(logits.float())
+    torch.testing.assert_close(probs.float(), expected, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "estimator", [HCalibrator(steps=30), CorrectnessCalibrator(steps=30, random_state=0)], ids=repr
+)
+def test_predicting_in_another_dtype_leaves_the_estimator_alone(estimator):
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(400, 4, generator=generator, dtype=torch.float64)
+    labels = torch.softmax(true, 1).multinomial(1, generator=generator).squeeze(1)
+    fitted = clone(estimator).fit(3 * true, labels)
+    before = fitted.predict_proba(3 * true)
+    fitted.predict_proba((3 * true).half())
+    fitted.transform((3 * true).float())
+    assert torch.equal(fitted.predict_proba(3 * true), before)

@@ -196,13 +196,19 @@ class EmpiricalTargets:
             self.targets = self.y
             return
         with torch.no_grad():
-            where = next(model.parameters()).device if isinstance(model, nn.Module) else self.x.device
-            scores = torch.sigmoid(model(self.x.to(where)).squeeze(-1)).cpu()
+            x = _for_model(self.x, model) if isinstance(model, nn.Module) else self.x
+            scores = torch.sigmoid(model(x).squeeze(-1)).cpu()
         self.targets = empirical_probability(scores, self.y.cpu(), self.n_bins, self.bandwidth).to(self.y)
 
 
 def _logistic(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), targets)
+
+
+def _for_model(x: Tensor, model: nn.Module) -> Tensor:
+    """Return x on the device of a model, and floats in its dtype: arrays come in float64, networks in float32."""
+    parameter = next(model.parameters())
+    return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
 
 
 class CaPETrainer(BaseEstimator):
@@ -313,8 +319,7 @@ class CaPETrainer(BaseEstimator):
         check_is_fitted(self)
         x = check_features(x)
         with torch.no_grad():
-            where = next(self.model_.parameters()).device
-            p = torch.sigmoid(self.model_(x.to(where)).squeeze(-1)).to(x.device)
+            p = torch.sigmoid(self.model_(_for_model(x, self.model_)).squeeze(-1)).to(x)
         return torch.stack([1 - p, p], dim=1)
 
 
@@ -326,8 +331,7 @@ class _Best:
         self.loss, self.state = (start.loss, start.state) if start else (float("inf"), {})
 
     def __call__(self, epoch: int, model: nn.Module) -> None:
-        where = next(model.parameters()).device
         with torch.no_grad():
-            loss = _logistic(model(self.x.to(where)), self.y.to(where)).item()
+            loss = _logistic(model(_for_model(self.x, model)), _for_model(self.y, model)).item()
         if self.always or loss < self.loss or not self.state:
             self.loss, self.state = loss, copy.deepcopy(model.state_dict())

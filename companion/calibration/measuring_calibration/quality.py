@@ -22,6 +22,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from companion.checks import as_tensor, check_generator, check_positive_int, check_same_length, check_scores
 from companion.data import photo_crops
+from companion.layers import read_layers
 
 __all__ = [
     "IQAMetrics",
@@ -61,7 +62,12 @@ def _check_images(images: Any) -> Tensor:
 
 
 def degrade(
-    images: Tensor, blur: Any = 0.0, noise: Any = 0.0, blocks: Any = 0.0, *, generator: torch.Generator | None = None
+    images: Tensor,
+    blur: Any = 0.0,
+    noise: Any = 0.0,
+    blocks: Any = 0.0,
+    *,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     """Spoil images by blur, noise and the coarse 8 x 8 cosine blocks of strong compression, each to its own degree.
 
@@ -70,7 +76,7 @@ def degrade(
         blur: standard deviation of a Gaussian in pixels, a number or (n,).
         noise: standard deviation of white noise, a number or (n,).
         blocks: step by which the cosine coefficients are rounded, a number or (n,); 0 leaves them.
-        generator: a cpu generator for the noise (None: torch's default generator).
+        generator: a cpu generator for the noise, or a seed (None: torch's default generator).
 
     Returns:
         Images of the same shape, clamped to [0, 1].
@@ -104,7 +110,7 @@ def degrade(
         gain = (-2 * math.pi**2 * degrees["blur"].square()[:, None, None, None] * square).exp()
         out = torch.fft.irfft2(torch.fft.rfft2(padded) * gain, s=padded.shape[2:])[..., 8:-8, 8:-8]
     if degrees["noise"].max() > 0:
-        white = torch.randn(images.shape, generator=generator).to(images)
+        white = torch.randn(images.shape, generator=check_generator(generator)).to(images)
         out = out + degrees["noise"][:, None, None, None] * white
     if degrees["blocks"].max() > 0:
         if height % 8 or width % 8:
@@ -370,7 +376,7 @@ def count_macs(model: nn.Module, shape: Sequence[int]) -> int:
     """Return the multiply-accumulate operations of the convolutions and linear layers for one input.
 
     Args:
-        model: any module; it is run once, in eval mode, on zeros.
+        model: any module; it is run once, in eval mode, on zeros; each part comes back in the mode it was in.
         shape: of one input, without the batch.
 
     Returns:
@@ -394,12 +400,11 @@ def count_macs(model: nn.Module, shape: Sequence[int]) -> int:
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
-    training, parameter = model.training, next(model.parameters(), torch.zeros(()))
+    parameter = next(model.parameters(), torch.zeros(()))
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+            read_layers(model, torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return total

@@ -189,6 +189,9 @@ class GaussianScorer(nn.Module):
 def gaussian_score_loss(scores: Tensor, quality: Tensor) -> Tensor:
     """Return the mean negative log-likelihood of qualities (n, branches) under scores (n, branches, 2).
 
+    Raises:
+        ValueError: shapes that do not fit.
+
     >>> round(gaussian_score_loss(torch.tensor([[[0.5, 1.0]]]), torch.tensor([[0.5]])).item(), 3)  # log(2 pi) / 2
     0.919
 
@@ -196,11 +199,15 @@ def gaussian_score_loss(scores: Tensor, quality: Tensor) -> Tensor:
 
     Chapter: calibration/measuring-calibration
     """
+    if scores.shape != (*quality.shape, 2):
+        raise ValueError(f"expected scores {(*quality.shape, 2)}, got {tuple(scores.shape)}")
     mean, std = scores.unbind(-1)
     return (0.5 * ((quality - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)).mean()
 
 
-def win_probability(scores: Any, n_samples: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+def win_probability(
+    scores: Any, n_samples: int | None = None, generator: torch.Generator | int | None = None
+) -> Tensor:
     r"""Return how probable it is that the first of two branches is the better one.
 
     $$P(s_A > s_B) = \Phi\!\Big(\frac{\mu_A - \mu_B}{\sqrt{\sigma_A^2 + \sigma_B^2}}\Big)$$
@@ -211,7 +218,7 @@ def win_probability(scores: Any, n_samples: int | None = None, generator: torch.
     Args:
         scores: (..., 2, 2), mean and standard deviation of both branches.
         n_samples: draws; None gives the exact value.
-        generator: for the draws, on the device of the scores.
+        generator: for the draws, on the device of the scores, or a seed (None: torch's default generator).
 
     Returns:
         (...) in [0, 1].
@@ -232,6 +239,7 @@ def win_probability(scores: Any, n_samples: int | None = None, generator: torch.
     mean, std = scores.unbind(-1)
     if n_samples is None:
         return torch.special.ndtr((mean[..., 0] - mean[..., 1]) / std.square().sum(-1).sqrt())
+    generator = check_generator(generator, device=mean.device)
     draws = torch.randn(
         check_positive_int(n_samples, "n_samples"), *mean.shape, generator=generator, device=mean.device
     )
@@ -272,6 +280,9 @@ def probability_integral(scores: Any, quality: Any) -> Tensor:
 
     Returns:
         (...) in [0, 1]. Values heaped in the middle: spreads too wide; at the ends: too narrow.
+
+    Raises:
+        ValueError: shapes that do not fit.
 
     >>> probability_integral([[0.5, 0.1]], [0.5])
     tensor([0.5000])

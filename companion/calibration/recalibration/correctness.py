@@ -1,7 +1,8 @@
 """Calibration that asks whether the prediction was right: the correctness-aware loss, its slopes, and a calibrator that
 looks at several views of each sample.
 
-Public: `correctness_aware_loss`, `sharpening_slopes`, `shifted_views`, `ViewTemperature`, `CorrectnessCalibrator`.
+Public: `correctness_aware_loss`, `sharpening_slopes`, `shifted_views` and `rotate`, `ViewTemperature`,
+`CorrectnessCalibrator`.
 """
 
 import math
@@ -13,7 +14,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from companion.calibration.recalibration.temperature import TemperatureScaler, check_columns, like
+from companion.calibration.recalibration.temperature import TemperatureScaler, applied, check_columns, like
 from companion.checks import (
     as_tensor,
     check_binary,
@@ -25,6 +26,7 @@ from companion.checks import (
     check_probs,
     check_scores,
 )
+from companion.geometry import single
 
 __all__ = [
     "CorrectnessCalibrator",
@@ -171,6 +173,9 @@ def shifted_views(images: Any, shift: int = 1, angle: float = 10.0) -> Tensor:
 def rotate(images: Tensor, angle: float) -> Tensor:
     """Return images (n, c, h, w) turned by `angle` degrees about their centre, with zeros coming in.
 
+    Raises:
+        ValueError: an angle that is not finite.
+
     >>> rotate(torch.eye(3)[None, None], 90).round().squeeze()
     tensor([[0., 0., 1.],
             [0., 1., 0.],
@@ -287,7 +292,7 @@ class CorrectnessCalibrator(BaseEstimator):
         n_top = min(check_positive_int(self.n_top, "n_top"), n_classes)
         hidden, steps = check_positive_int(self.hidden, "hidden"), check_positive_int(self.steps, "steps")
         temperature = TemperatureScaler().fit(views[:, 0], y).temperature_
-        views = views / temperature
+        views = single(views) / temperature
         seed = check_generator(self.random_state)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -338,7 +343,7 @@ class CorrectnessCalibrator(BaseEstimator):
         if views.shape[1] != self.n_views_:
             raise ValueError(f"expected {self.n_views_} views, as in fit, got {views.shape[1]}")
         views = views / self.temperature_
-        return views[:, 0] / self.net_.to(views)(views)[:, None]
+        return views[:, 0] / applied(self.net_, views)[:, None]
 
     def _loss(self, z: Tensor, y: Tensor) -> Tensor:
         if self.loss == "nll":

@@ -3,6 +3,7 @@
 Public: `nll_slope`, `TemperatureScaler`.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.checks import check_in_range, check_labels, check_logits
 
@@ -25,6 +26,15 @@ _STEPS = 100  # bisection alone would be done by then
 def like(values: Tensor, given: Any) -> Any:
     """Return values as the kind of thing that was given: a tensor for a tensor, an array for anything else."""
     return values if isinstance(given, Tensor) else values.detach().cpu().numpy()
+
+
+def applied(fitted: nn.Module, x: Tensor) -> Tensor:
+    """Return what a fitted module gives for x, in the dtype of x; the module itself stays as it was fitted."""
+    parameter = next(fitted.parameters())
+    wide = torch.promote_types(parameter.dtype, x.dtype)
+    if (parameter.device, parameter.dtype) != (x.device, wide):
+        fitted = copy.deepcopy(fitted).to(x.device, wide)
+    return fitted(x.to(wide)).to(x.dtype)
 
 
 def check_columns(logits: Tensor, n_classes: int) -> Tensor:

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from companion.calibration.recalibration.temperature import TemperatureScaler, check_columns, like
+from companion.calibration.recalibration.temperature import TemperatureScaler, applied, check_columns, like
 from companion.checks import (
     check_generator,
     check_in_range,
@@ -22,6 +22,7 @@ from companion.checks import (
     check_positive_int,
     check_probs,
 )
+from companion.geometry import single
 
 __all__ = [
     "GlobalTemperature",
@@ -355,7 +356,7 @@ class HCalibrator(BaseEstimator):
         y = check_labels(labels, z.shape[0], z.shape[1], device=z.device)
         steps = check_positive_int(self.steps, "steps")
         temperature = TemperatureScaler().fit(z, y).temperature_
-        z = z / temperature
+        z = single(z) / temperature
         calibration_map = self._make_map(z.shape[1]).to(z)
         optimizer = torch.optim.Adam(calibration_map.parameters(), lr=check_in_range(self.lr, "lr", 0))
         curve = []
@@ -399,7 +400,7 @@ class HCalibrator(BaseEstimator):
     def _apply(self, logits: Any) -> Tensor:
         check_is_fitted(self)
         z = check_columns(check_logits(logits), self.n_classes_)
-        return self.map_.to(z)(z / self.temperature_)
+        return applied(self.map_, z / self.temperature_)
 
     def _make_map(self, n_classes: int) -> nn.Module:
         if self.map == "margin":
