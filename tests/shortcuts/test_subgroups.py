@@ -398,3 +398,22 @@ def test_report_is_the_same_twice(generator):
 def test_report_refuses(args, kwargs, error, match):
     with pytest.raises(error, match=match):
         subgroup_report(*args, **kwargs)
+
+
+def test_missing_values_of_pandas_are_a_group():
+    pandas = pytest.importorskip("pandas")
+    for dtype, values in (("string", ["x", None, "y", "x"]), ("Int64", [1, None, 2, 1])):
+        column = pandas.Series(pandas.array(values * 5, dtype=dtype))
+        report = subgroup_report([1, 1, 0, 1] * 5, [1, 0, 0, 1] * 5, {"site": column}, min_count=2)
+        assert [row.count for row in report.rows] == [10, 5, 5]
+        assert report.rows[-1].name == "site=missing"
+    labels = pandas.Series(pandas.array([1, None], dtype="Int64"))
+    with pytest.raises(ValueError, match="no missing predictions or labels"):
+        subgroup_report([1, 0], labels, ["a", "b"])
+
+
+def test_logits_as_a_list_of_rows():
+    logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    for rows in (list(logits), list(logits.numpy()), logits.bfloat16()):
+        assert subgroup_report(rows, [1, 0, 0, 0], [0, 0, 1, 1]).overall.accuracy == 0.75
+    assert subgroup_report(logits.argmax(1).bfloat16(), [1, 0, 0, 0], [0, 0, 1, 1]).overall.accuracy == 0.75

@@ -869,3 +869,44 @@ def test_swap_backgrounds_keeps_the_ink(generator):
     assert images.max() <= 1
     with pytest.raises(ValueError, match="ink"):
         swap_backgrounds(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_embeddings_in_half_precision(dtype):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y, groups = torch.arange(60) % 2, torch.arange(60) // 2 % 3
+    head, other = (last_layer_retrain(v, y, groups, generator=0) for v in (x, x.float()))
+    assert np.array_equal(head.coef_, other.coef_)
+    episode = Episode(torch.tensor([[0], [1]]), torch.arange(2, 42).view(2, 20), torch.tensor([0, 1]))
+    for metric in ("cosine", "euclidean"):
+        assert prototype_accuracy(x, episode, metric) == prototype_accuracy(x.float(), episode, metric)
+
+
+def test_prototypes_far_from_the_origin():
+    episode = Episode(torch.tensor([[0], [1]]), torch.arange(2, 62).view(2, 30), torch.tensor([0, 1]))
+    x = torch.randn(62, 4, generator=torch.Generator().manual_seed(0))
+    x[1], x[32:] = x[1] + 9, x[32:] + 9
+    assert prototype_accuracy(x + 1e5, episode, "euclidean") == 1
+
+
+def test_names_of_patients_may_be_large_numbers():
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    labels, sites, patients = torch.arange(12) % 2, torch.arange(12) // 6, torch.arange(12) // 2
+    few = robustness_index(x, labels, sites, 3, exclude=patients)
+    assert torch.equal(robustness_index(x, labels, sites, 3, exclude=patients + 2**60), few)
+
+
+def test_robust_logistic_where_no_gradients_are_recorded():
+    x, y = [[-2.0], [-1.0], [0.5], [-0.5], [1.0], [2.0]], [0, 0, 0, 1, 1, 1]
+    usual = robust_logistic(x, y)
+    with torch.no_grad():
+        assert torch.equal(robust_logistic(x, y).weights, usual.weights)
+
+
+def test_a_seed_is_a_generator():
+    for draw in (
+        lambda g: make_attribute_population(20, generator=g).attributes,
+        lambda g: make_background_digits(generator=g)[0].images,
+        lambda g: make_regional_digits(generator=g).train[0],
+    ):
+        assert torch.equal(draw(3), draw(torch.Generator().manual_seed(3)))

@@ -62,7 +62,7 @@ class PrincipalDirections(NamedTuple):
 
 
 def background_color_groups(
-    images: Any, n_groups: int, steps: int = 50, generator: torch.Generator | None = None
+    images: Any, n_groups: int, steps: int = 50, generator: torch.Generator | int | None = None
 ) -> Tensor:
     """Return a group per image by the colour of its border, found by k-means on the mean border pixel.
 
@@ -73,7 +73,7 @@ def background_color_groups(
         images: (n, c, h, w).
         n_groups: how many colours.
         steps: k-means iterations.
-        generator: draws the first centre; None means torch's default generator.
+        generator: draws the first centre; a seed will do, None means torch's default generator.
 
     Returns:
         (n,) whole numbers.
@@ -111,13 +111,13 @@ def background_color_groups(
     return groups
 
 
-def swap_backgrounds(ink: Any, n_colors: int = 5, generator: torch.Generator | None = None) -> Tensor:
+def swap_backgrounds(ink: Any, n_colors: int = 5, generator: torch.Generator | int | None = None) -> Tensor:
     """Return digits on backgrounds drawn anew: the oracle, which knows what is background and what is not.
 
     Args:
         ink: (n, 1, h, w) in [0, 1], how much of each pixel is digit.
         n_colors: 1 to 10.
-        generator: a cpu generator; None means torch's default one.
+        generator: a cpu generator or a seed; None means torch's default generator.
 
     Returns:
         (n, 3, h, w) images.
@@ -145,7 +145,7 @@ def _painted(ink: Tensor, colors: Tensor) -> Tensor:
 
 
 def latent_swap(
-    images: Any, directions: PrincipalDirections, strength: float = 1.0, generator: torch.Generator | None = None
+    images: Any, directions: PrincipalDirections, strength: float = 1.0, generator: torch.Generator | int | None = None
 ) -> Tensor:
     r"""Return images whose leading principal coordinates are those of other images of the batch.
 
@@ -158,7 +158,7 @@ def latent_swap(
         images: (n, ...).
         directions: from `PrincipalDirections.of(training images)`.
         strength: s, in [0, 1].
-        generator: draws the permutation; None means torch's default generator.
+        generator: draws the permutation; a seed will do, None means torch's default generator.
 
     Returns:
         Images of the same shape; values may leave [0, 1] a little.
@@ -179,6 +179,7 @@ def latent_swap(
     flat, v = x.flatten(1), directions.directions.to(x)
     if flat.shape[1] != v.shape[1]:
         raise ValueError(f"expected images of {v.shape[1]} numbers each, as the directions, got {flat.shape[1]}")
+    generator = check_generator(generator)
     where = "cpu" if generator is None else generator.device
     other = torch.randperm(len(x), generator=generator, device=where).to(x.device)
     coordinates = flat @ v.T  # (n, k)
@@ -186,7 +187,7 @@ def latent_swap(
 
 
 def make_background_digits(
-    correlation: float = 0.7, n_colors: int = 5, size: int = 8, generator: torch.Generator | None = None
+    correlation: float = 0.7, n_colors: int = 5, size: int = 8, generator: torch.Generator | int | None = None
 ) -> tuple[BackgroundDigits, BackgroundDigits]:
     """Return training digits whose background usually goes with the class, and test digits on every background.
 
@@ -196,7 +197,7 @@ def make_background_digits(
         correlation: probability that class c has colour c modulo n_colors; otherwise any colour at random.
         n_colors: 2 to 10.
         size: side of the images in pixels.
-        generator: a cpu generator; None means torch's default one.
+        generator: a cpu generator or a seed; None means torch's default generator.
 
     Returns:
         (train, test), two `BackgroundDigits`.
@@ -215,6 +216,7 @@ def make_background_digits(
     if not 2 <= n_colors <= len(PALETTE):
         raise ValueError(f"expected 2 to {len(PALETTE)} colours, got {n_colors}")
     ink, labels = load_digits_images(size)
+    generator = check_generator(generator)
     rows, held = stratified_split(labels, (0.6, 0.4), generator)
     follows = torch.rand(len(rows), generator=generator) < correlation
     drawn = torch.randint(n_colors, (len(rows),), generator=generator)

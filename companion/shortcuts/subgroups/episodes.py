@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from companion.checks import check_features, check_generator, check_in_range, check_labels, check_positive_int
+from companion.geometry import single
 
 __all__ = ["ContextEpisodeSampler", "Episode", "ShiftScore", "prototype_accuracy", "spurious_shift_score"]
 
@@ -162,13 +163,15 @@ def prototype_accuracy(embeddings: Any, episode: Episode, metric: str = "cosine"
     Paper: zhang2024metacoco
     Chapter: shortcuts/subgroups
     """
-    x = check_features(embeddings, "embeddings").detach()
+    x = single(check_features(embeddings, "embeddings").detach())
     if int(max(episode.support.max(), episode.query.max())) >= len(x):
         raise ValueError(f"expected places below {len(x)}, the number of embeddings, got larger ones")
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"expected metric 'cosine' or 'euclidean', got {metric!r}")
     if metric == "cosine":
         x = F.normalize(x, dim=1)
+    else:
+        x = x - x.mean(0)  # distances do not change, and their squares keep the digits that an offset would take
     prototypes = x[episode.support].mean(1)  # (n_way, d)
     queries = x[episode.query]  # (n_way, q, d)
     nearest = torch.cdist(queries.flatten(0, 1), prototypes).argmin(1).view(episode.query.shape)

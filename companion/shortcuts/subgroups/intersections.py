@@ -259,7 +259,7 @@ def make_attribute_population(
     n_classes: int = 5,
     marginals: Sequence[Sequence[float]] = ((0.5, 0.5), (1 / 3, 1 / 3, 1 / 3), (0.5, 0.5)),
     label_noise: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> AttributePopulation:
     r"""Return predictions of a model whose recall depends on a combination of attributes in a known way.
 
@@ -276,7 +276,7 @@ def make_attribute_population(
         n_classes: classes, equally frequent; a wrong prediction is any of the others.
         marginals: probabilities of each attribute's values; attributes are independent.
         label_noise: share of attribute annotations that are replaced by a draw from the marginals.
-        generator: a cpu generator; None means torch's default one.
+        generator: a cpu generator or a seed; None means torch's default generator.
 
     Returns:
         `AttributePopulation(predictions, labels, attributes)`.
@@ -293,7 +293,7 @@ def make_attribute_population(
     """
     n, n_classes = check_positive_int(n, "n"), check_positive_int(n_classes, "n_classes", 2)
     effect, recall = check_in_range(effect, "effect", 0, 1), check_in_range(recall, "recall", 0, 1)
-    label_noise = check_in_range(label_noise, "label_noise", 0, 1)
+    label_noise, generator = check_in_range(label_noise, "label_noise", 0, 1), check_generator(generator)
     if interaction not in ("none", "crossover", "single_cell") or len(marginals) < 2:
         raise ValueError(
             f"expected 'none', 'crossover' or 'single_cell' and two attributes, got {interaction!r}, {len(marginals)}"

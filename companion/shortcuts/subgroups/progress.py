@@ -15,6 +15,7 @@ from torch.nn.functional import avg_pool2d
 from companion.checks import check_features, check_generator, check_in_range, check_labels, check_scores
 from companion.data.glyphs import load_digits_images
 from companion.data.wrappers import stratified_split
+from companion.geometry import single
 from companion.ranking import Interval, bootstrap_interval
 
 __all__ = [
@@ -230,7 +231,7 @@ def last_layer_retrain(
     Paper: richards2023progress
     Chapter: shortcuts/subgroups
     """
-    x = check_features(features, "features").detach().cpu()
+    x = single(check_features(features, "features").detach()).cpu()
     y = check_labels(labels, n=len(x)).cpu()
     groups = check_labels(groups, n=len(x), name="groups").cpu()
     kept = torch.arange(len(x))
@@ -258,7 +259,7 @@ def make_regional_digits(
     shares: Sequence[float] = (0.85, 0.10, 0.04, 0.01),
     spare: int = 50,
     noise: float = 0.3,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> RegionalDigits:
     """Return digits written in four regional styles, one of which dominates the training set.
 
@@ -268,7 +269,7 @@ def make_regional_digits(
         shares: of the regions in training.
         spare: held-out images per region for `last_layer_retrain`, of digits that are in neither other part.
         noise: standard deviation of the pixel noise of the corrupted set, which is blurred as well.
-        generator: a cpu generator; None means torch's default one.
+        generator: a cpu generator or a seed; None means torch's default generator.
 
     Returns:
         `RegionalDigits(train, test, spare, corrupted)`.
@@ -290,6 +291,7 @@ def make_regional_digits(
     images, labels = load_digits_images()
     if not 1 <= spare <= 75:
         raise ValueError(f"expected 1 to 75 spare images per region, got {spare}")
+    generator = check_generator(generator)
     train, rest = stratified_split(labels, (0.6, 0.4), generator)
     held, test = rest[: 4 * spare], rest[4 * spare :]
     if len(test) < 100:

@@ -148,7 +148,7 @@ def _p(p: float) -> str:
 def _column(values: Any, name: str) -> list[Any]:
     """Return a column as plain Python values, with None for what is missing."""
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu()
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"expected {name} to be a column of values, got {type(values).__name__}")
     if getattr(values, "ndim", 1) != 1:
@@ -158,8 +158,15 @@ def _column(values: Any, name: str) -> list[Any]:
         raise TypeError(
             f"expected hashable values in {name}, got a {next(type(v).__name__ for v in plain if v.__hash__ is None)}"
         )
-    # NaN is missing whatever its type; it is the one value that differs from itself
-    return [None if v is None or v != v else v for v in plain]
+    return [None if _is_missing(v) else v for v in plain]
+
+
+def _is_missing(value: Any) -> bool:
+    """Say whether a value is None, NaN of whatever type (it differs from itself), or pandas' NA (which cannot say)."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:
+        return True
 
 
 def _read(table: Any) -> dict[str, Any]:
@@ -301,7 +308,9 @@ def _outcomes(predictions: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return labels as whole numbers and which predictions are right."""
     truth = _column(labels, "labels")
     if getattr(predictions, "ndim", 1) == 2 or (
-        isinstance(predictions, list) and predictions and isinstance(predictions[0], list | tuple)
+        isinstance(predictions, list)
+        and predictions
+        and (isinstance(predictions[0], list | tuple) or getattr(predictions[0], "ndim", 0) == 1)
     ):
         from companion.shortcuts.subgroups.metrics import predicted_classes
 

@@ -321,9 +321,10 @@ def robust_logistic(x: Any, y: Any, eps: float = 0.0, norm: str = "linf", steps:
 
     def loss(array: Any) -> tuple[float, Any]:
         theta = torch.tensor(array, dtype=x.dtype, device=x.device, requires_grad=True)
-        w = weights_of(theta)
-        size = theta[: 2 * d].sum() if norm == "linf" else (w.square().sum() + 1e-18).sqrt()
-        value = F.softplus(-(sign * (x @ w + theta[-1]) - eps * size)).mean()
+        with torch.enable_grad():
+            w = weights_of(theta)
+            size = theta[: 2 * d].sum() if norm == "linf" else (w.square().sum() + 1e-18).sqrt()
+            value = F.softplus(-(sign * (x @ w + theta[-1]) - eps * size)).mean()
         value.backward()
         return value.item(), theta.grad.cpu().numpy()
 

@@ -51,6 +51,7 @@ def _neighbors(x: Tensor, k: int, metric: str, groups: Any) -> Tensor:
     if groups is None:
         return knn(x, k=k, metric=metric).indices
     groups = check_labels(groups, n=len(x), name="exclude", device=x.device)
+    groups = groups.unique(return_inverse=True)[1]  # names of patients may be large numbers
     largest = int(torch.bincount(groups).max())
     if k > len(x) - largest:
         raise ValueError(f"expected k to be at most n - largest group = {len(x) - largest}, got k={k}")
