@@ -351,3 +351,25 @@ def test_memory_is_bounded_at_200_000_points():
     megabytes, dimension = _peak_megabytes(200_000, 4, "256MB")
     assert megabytes < 1000
     assert dimension == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("estimator", [TwoNN(), MLE(), LocalPCA(30), DimensionEnsemble()], ids=repr)
+def test_half_precision_is_computed_in_float32(estimator, dtype):
+    x = torch.randn(600, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    estimator = estimator.set_params(random_state=0, n_bootstrap=0, duplicates="drop")
+    assert estimator.fit(x).dimension_ == estimator.fit(x.float()).dimension_
+
+
+def test_functions_measure_distances_of_half_precision_in_float32():
+    x = torch.randn(600, 6, generator=torch.Generator().manual_seed(0)).bfloat16().unique(dim=0)
+    for measure in (twonn, mle_dimension, lambda x: decimation(x, 2, generator=0).dimensions):
+        short = measure(x)
+        assert short.dtype == torch.bfloat16
+        assert torch.equal(short, measure(x.float()).bfloat16())
+
+
+def test_correlation_dimension_refuses_a_lattice():
+    corners = (torch.randn(200, 6, generator=torch.Generator().manual_seed(4)) > 0).float()
+    with pytest.raises(ValueError, match="two radii"):
+        CorrelationDimension(duplicates="drop", random_state=0).fit(corners)

@@ -401,3 +401,39 @@ def test_forecast_horizon(generator):
     assert forecast_horizon(truth, off).tolist() == [50, 7, 0]
     with pytest.raises(ValueError, match="two"):
         forecast_horizon(truth, truth[:, :5])
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e5, 1e6])
+def test_kernel_density_far_from_the_origin(offset):
+    x = torch.randn(300, 10, generator=torch.Generator().manual_seed(0)) + offset
+    for measure in (log_kde, effective_points):
+        values, exact = measure(x[:20], x[20:], 2.0), measure(x[:20].double(), x[20:].double(), 2.0)
+        torch.testing.assert_close(values.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for measure in (
+        nuclear_norm,
+        lambda x: log_kde(y.to(x), x, 1.0),
+        lambda x: effective_points(y.to(x), x, 1.0),
+        lambda x: gaussian_twin(x, generator=torch.Generator().manual_seed(0)),
+    ):
+        short = measure(x)
+        assert short.dtype == dtype
+        torch.testing.assert_close(short, measure(x.float()).to(dtype), rtol=2e-2, atol=2e-2)
+
+
+def test_a_seed_draws_frame_and_points_one_after_the_other():
+    points = spanned_vectors(20, 2, 5, generator=1)
+    assert torch.equal(points, spanned_vectors(20, 2, 5, generator=torch.Generator().manual_seed(1)))
+
+
+def test_widths_that_differ_are_refused():
+    wide, thin, y = torch.randn(6, 3), torch.randn(6, 1), torch.arange(6) % 2
+    with pytest.raises(ValueError, match="expected x_train and x_test of one width, got 3 and 1"):
+        moment_probe(wide, y, thin, y)
+    with pytest.raises(ValueError, match="expected targets of one width, got 3 in training and 1"):
+        nearest_neighbor_error(wide, wide, wide, thin)

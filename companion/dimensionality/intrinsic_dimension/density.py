@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from companion.checks import check_features, check_in_range, check_positive_int, check_scores
+from companion.geometry import single
 
 __all__ = ["Thresholds", "best_bandwidth", "effective_points", "log_kde", "rem_thresholds"]
 
@@ -22,8 +23,11 @@ def _log_terms(x: Any, y: Any, h: float, chunk: int | None):
     x, y = check_features(x), check_features(y, "y")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"expected x and y with one number of features, got {x.shape[1]} and {y.shape[1]}")
-    y = y.to(x)
     h = check_in_range(h, "h", 0, inclusive="neither")
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    y = y.to(x.device, wide)
+    center = y.mean(0)  # distances do not change, and their squares keep the digits that an offset would take
+    x, y = single((x.to(wide) - center).to(x.dtype)), single((y - center).to(x.dtype))
     if chunk is None:
         chunk = max(1, 8_000_000 // len(y))
     for rows in x.split(check_positive_int(chunk, "chunk")):
@@ -55,9 +59,10 @@ def log_kde(x: Any, y: Any, h: float, *, chunk: int | None = None) -> Tensor:
     Paper: biroli2024kernel
     Chapter: dimensionality/intrinsic-dimension
     """
-    n, d = check_features(y, "y").shape
+    x, y = check_features(x), check_features(y, "y")
+    n, d = y.shape
     parts = [terms.logsumexp(1) for terms in _log_terms(x, y, h, chunk)]
-    return torch.cat(parts) - math.log(n) - 0.5 * d * math.log(2 * math.pi * float(h) ** 2)
+    return (torch.cat(parts) - math.log(n) - 0.5 * d * math.log(2 * math.pi * float(h) ** 2)).to(x.dtype)
 
 
 def effective_points(x: Any, y: Any, h: float, *, chunk: int | None = None) -> Tensor:
@@ -86,8 +91,9 @@ def effective_points(x: Any, y: Any, h: float, *, chunk: int | None = None) -> T
     Paper: biroli2024kernel
     Chapter: dimensionality/intrinsic-dimension
     """
+    x = check_features(x)
     parts = [(2 * t.logsumexp(1) - (2 * t).logsumexp(1)).exp() for t in _log_terms(x, y, h, chunk)]
-    return torch.cat(parts)
+    return torch.cat(parts).to(x.dtype)
 
 
 class Thresholds(NamedTuple):

@@ -22,6 +22,7 @@ from companion.checks import (
     check_positive_int,
     check_same_length,
 )
+from companion.geometry import single
 
 __all__ = ["edm_denoise", "edm_sample", "edm_transform", "gaussian_twin", "moment_probe", "norm_tail_ratio"]
 
@@ -54,6 +55,9 @@ def edm_transform(
 
     Returns:
         `transform(x, y, generator) -> (inputs, targets)`, for `companion.training.fit` with `F.mse_loss`; y is ignored.
+
+    Raises:
+        ValueError: a deviation of the data of at most 0.
 
     >>> transform = edm_transform()
     >>> inputs, targets = transform(torch.randn(5, 2), None, torch.Generator().manual_seed(0))
@@ -220,10 +224,11 @@ def gaussian_twin(x: Any, labels: Any = None, n: int | None = None, generator: t
 
 def _one_twin(x: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     # through the singular vectors, so that a covariance without full rank needs no repair
+    dtype, x = x.dtype, single(x)
     mean = x.mean(0)
     _, sigma, axes = torch.linalg.svd(x - mean, full_matrices=False)
     z = torch.randn(n, len(sigma), generator=generator, dtype=x.dtype).to(x.device)
-    return mean + (z * sigma / math.sqrt(len(x) - 1)) @ axes
+    return (mean + (z * sigma / math.sqrt(len(x) - 1)) @ axes).to(dtype)
 
 
 def moment_probe(
@@ -256,6 +261,8 @@ def moment_probe(
     """
     x_train, x_test = check_features(x_train, "x_train"), check_features(x_test, "x_test")
     check_same_length(x_train=x_train, y_train=y_train)
+    if x_train.shape[1] != x_test.shape[1]:
+        raise ValueError(f"expected x_train and x_test of one width, got {x_train.shape[1]} and {x_test.shape[1]}")
     y_train, y_test = check_binary(y_train, name="y_train"), check_binary(y_test, len(x_test), name="y_test")
     ridge = check_in_range(ridge, "ridge", 0, inclusive="neither")
     a, b = (_expanded(x, quadratic).double() for x in (x_train, x_test))

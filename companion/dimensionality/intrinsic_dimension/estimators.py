@@ -21,6 +21,7 @@ from torch import Tensor
 from companion import runtime
 from companion.checks import check_features, check_generator, check_in_range, check_positive_int
 from companion.dimensionality.intrinsic_dimension import ratios
+from companion.geometry import single
 from companion.neighbors import Neighbors, knn
 
 __all__ = ["MLE", "CorrelationDimension", "DimensionEnsemble", "LocalPCA", "TwoNN"]
@@ -73,7 +74,7 @@ class _DimensionEstimator(BaseEstimator):
 
     def _validated(self, X: Any) -> Tensor:
         if isinstance(X, Tensor):
-            x = check_features(X, "X", min_samples=3).detach()
+            x = single(check_features(X, "X", min_samples=3).detach())
             self.n_features_in_ = x.shape[1]
             return x if self.device == "auto" else x.to(runtime.device(self.device))
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=3)
@@ -458,7 +459,7 @@ class CorrelationDimension(_DimensionEstimator):
         low, high = (distances.kthvalue(rank + 1).values for rank in ranks)
         if not low > 0:
             raise _CopiesError("expected distinct points, got pairs at distance zero")
-        if not high > low:
+        if not high > low * (1 + 1e-9):  # on a lattice all close pairs are as close, up to rounding
             raise ValueError(
                 f"expected shares of pairs apart enough to give two radii, got {self.fractions} of {len(distances)}"
                 " pairs: raise fractions[1] or use more points"

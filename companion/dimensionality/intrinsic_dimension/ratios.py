@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from companion.checks import check_features, check_generator, check_in_range, check_positive_int
+from companion.geometry import single
 from companion.neighbors import Neighbors, knn
 
 __all__ = ["Decimation", "decimation", "mle_dimension", "neighbor_distances", "twonn"]
@@ -84,7 +85,7 @@ def twonn(x: Any, discard_fraction: float = 0.1, method: str = "linear", memory:
     """
     x = check_features(x, min_samples=3)
     check_twonn(discard_fraction, method)
-    log_ratio = log_ratios(neighbor_distances(x, 2, memory).distances)
+    log_ratio = log_ratios(neighbor_distances(single(x), 2, memory).distances)
     return twonn_from_ratios(log_ratio.sort().values, discard_fraction, method).to(x.dtype)
 
 
@@ -144,7 +145,7 @@ def mle_dimension(x: Any, k: int = 20, reduce: str = "mle", memory: str | int = 
     """
     x = check_features(x)
     k = check_positive_int(k, "k", minimum=2)
-    inverse = inverse_dimensions(neighbor_distances(x, k, memory).distances)
+    inverse = inverse_dimensions(neighbor_distances(single(x), k, memory).distances)
     return combine_inverses(inverse, reduce).to(x.dtype)
 
 
@@ -210,9 +211,9 @@ def decimation(
     sizes, scales, dimensions = [], [], []
     for j in range(halvings + 1):
         parts = order[: (len(x) >> j) << j].view(1 << j, -1)
-        seen = [neighbor_distances(x[part], 2).distances for part in parts]
+        seen = [neighbor_distances(single(x[part]), 2).distances for part in parts]
         sizes.append(parts.shape[1])
         scales.append(torch.stack([distances.mean() for distances in seen]).mean())
         estimates = [twonn_from_ratios(log_ratios(r).sort().values, discard_fraction, "linear") for r in seen]
         dimensions.append(torch.stack(estimates).mean())
-    return Decimation(torch.tensor(sizes), torch.stack(scales), torch.stack(dimensions).to(x.dtype))
+    return Decimation(torch.tensor(sizes), torch.stack(scales).to(x.dtype), torch.stack(dimensions).to(x.dtype))

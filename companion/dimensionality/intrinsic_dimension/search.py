@@ -13,6 +13,7 @@ from torch import Tensor
 
 from companion.checks import as_tensor, check_generator, check_positive_int
 from companion.data.manifolds import random_frame
+from companion.geometry import single
 
 __all__ = ["HNSWIndex", "nested_mixture", "recall_at_k", "spanned_vectors"]
 
@@ -127,7 +128,7 @@ class HNSWIndex(BaseEstimator):
         return (np.sqrt(np.maximum(distances, 0)) if self.metric == "euclidean" else -distances), indices
 
     def _rows(self, X: Any, reset: bool) -> np.ndarray:
-        X = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
+        X = single(X).detach().cpu().numpy() if isinstance(X, Tensor) else X
         return np.ascontiguousarray(validate_data(self, X, reset=reset, dtype=np.float32))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,14 +173,14 @@ def recall_at_k(found: Any, exact: Any) -> Tensor:
     return torch.stack(hits).sum() / torch.tensor(float(exact.numel()), device=found.device)
 
 
-def spanned_vectors(n: int, dim: int, ambient: int, generator: torch.Generator | None = None) -> Tensor:
+def spanned_vectors(n: int, dim: int, ambient: int, generator: torch.Generator | int | None = None) -> Tensor:
     """Draw n unit vectors uniformly in the span of `dim` random orthonormal vectors of an `ambient`-dimensional space.
 
     Args:
         n: how many.
         dim: of the span, at most `ambient`.
         ambient: columns.
-        generator: a cpu generator; None means torch's default one.
+        generator: a cpu generator or a seed; None means torch's default generator.
 
     Returns:
         (n, ambient).
@@ -193,8 +194,9 @@ def spanned_vectors(n: int, dim: int, ambient: int, generator: torch.Generator |
     Paper: elliott2024impacts
     Chapter: dimensionality/intrinsic-dimension
     """
+    generator = check_generator(generator)
     frame = random_frame(ambient, dim, generator)
-    z = torch.randn(check_positive_int(n, "n"), dim, generator=check_generator(generator))
+    z = torch.randn(check_positive_int(n, "n"), dim, generator=generator)
     return torch.nn.functional.normalize(z, dim=1) @ frame.T
 
 
@@ -204,7 +206,7 @@ def nested_mixture(
     ambient: int = 256,
     *,
     nested: bool = True,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw unit vectors of two dimensions, half of each: an easy crowd and a hard one.
 
@@ -213,7 +215,7 @@ def nested_mixture(
         dims: of the easy and of the hard half.
         ambient: columns.
         nested: whether the easy span lies inside the hard one, or is orthogonal to it.
-        generator: a cpu generator; None means torch's default one.
+        generator: a cpu generator or a seed; None means torch's default generator.
 
     Returns:
         (x (n, ambient), hard (n,) booleans), shuffled.

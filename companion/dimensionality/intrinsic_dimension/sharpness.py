@@ -153,5 +153,7 @@ def nearest_neighbor_error(x_train: Any, y_train: Any, x_test: Any, y_test: Any)
     y_train, y_test = (check_features(y[:, None] if y.dim() == 1 else y, "y") for y in (y_train, y_test))
     check_same_length(x_train=x_train, y_train=y_train)
     check_same_length(x_test=x_test, y_test=y_test)
+    if y_train.shape[1] != y_test.shape[1]:
+        raise ValueError(f"expected targets of one width, got {y_train.shape[1]} in training and {y_test.shape[1]}")
     nearest = knn(x_test, x_train, k=1).indices.squeeze(1)
     return (y_train[nearest] - y_test).abs().mean()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from companion.checks import check_features, check_positive_int
+from companion.geometry import single
 
 __all__ = ["MatrixNuclearNorm", "column_norm", "matrix_entropy", "matrix_nuclear_norm", "nuclear_norm"]
 
@@ -29,7 +30,8 @@ def nuclear_norm(x: Any) -> Tensor:
     Paper: li2025large
     Chapter: dimensionality/intrinsic-dimension
     """
-    return torch.linalg.svdvals(check_features(x)).sum()
+    x = check_features(x)
+    return torch.linalg.svdvals(single(x)).sum().to(x.dtype)
 
 
 def column_norm(x: Any, top: int | None = None) -> Tensor:
