@@ -353,3 +353,26 @@ def test_subspaces_refuse_what_makes_no_sense():
     ):
         with pytest.raises(ValueError, match="expected"):
             call()
+
+
+def test_a_seed_is_a_generator():
+    for dim in (3, 8):  # an optimised basis, and an orthonormal one
+        basis = equiangular_basis(6, dim, steps=5, generator=2)
+        assert torch.equal(basis, equiangular_basis(6, dim, steps=5, generator=torch.Generator().manual_seed(2)))
+    head = GrassmannHead(6, 3, 2, generator=2)
+    assert torch.equal(head.weight, GrassmannHead(6, 3, 2, generator=torch.Generator().manual_seed(2)).weight)
+    assert not torch.equal(head.weight[0], head.weight[1])
+    layer = FactoredOutputLayer(4, 3, generator=2)
+    assert torch.equal(layer.weight, FactoredOutputLayer(4, 3, generator=torch.Generator().manual_seed(2)).weight)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_basis_from_numpy_serves_features_of_any_precision(trainable):
+    basis = simplex_etf(4, 3, dtype=torch.float64).numpy()
+    head, features = EBVHead(basis, trainable=trainable), torch.randn(5, 3)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        logits = head(features.to(dtype))
+        assert logits.dtype == dtype
+        torch.testing.assert_close(
+            logits.double(), head(features.double()), atol=1.0 if dtype == torch.bfloat16 else 1e-4, rtol=0
+        )

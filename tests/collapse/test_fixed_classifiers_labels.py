@@ -450,3 +450,38 @@ def test_attention_refuses_what_makes_no_sense():
     ):
         with pytest.raises(ValueError, match="expected"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [7, 300, 3000])
+def test_entropy_of_attention_in_half_precision(n, dtype):
+    weights = torch.zeros(2, n, dtype=dtype).softmax(-1)
+    assert attention_entropy(weights).float().sub(torch.tensor(n).log()).abs().max() < 0.05
+    with pytest.raises(ValueError, match="sum to one"):
+        attention_entropy(weights * 1.1)
+
+
+def test_metrics_of_embeddings_in_half_precision():
+    embeddings = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    metric = embedding_metric(embeddings)
+    assert metric.dtype == torch.bfloat16
+    assert torch.equal(metric, embedding_metric(embeddings.float()).bfloat16())
+
+
+def test_a_locus_of_distances_that_are_trained():
+    path = (torch.arange(5.0)[:, None] - torch.arange(5.0)).abs().requires_grad_()
+    assert locus(path, [1, 3]).tolist() == [False, True, True, True, False]
+    assert next_class(path, [0, 1]) == 4
+
+
+def test_a_sparse_frame_where_no_gradients_are_recorded():
+    usual = sparse_etf(4, 8, steps=5, generator=0)
+    with torch.no_grad():
+        assert torch.equal(sparse_etf(4, 8, steps=5, generator=torch.Generator().manual_seed(0)), usual)
+
+
+def test_means_from_numpy_leave_the_loss_in_the_precision_of_the_student():
+    loss, labels = NDLoss(torch.eye(3, dtype=torch.float64).numpy()), torch.tensor([0, 1])
+    student, teacher = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(loss(student, teacher, labels), NDLoss(torch.eye(3))(student, teacher, labels))
+    assert loss(torch.zeros(2, 3), torch.zeros(2, 3), labels) == 1

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.checks import check_features, check_in_range, check_positive_int
+from companion.checks import check_features, check_generator, check_in_range, check_positive_int
 from companion.geometry import random_orthonormal, simplex_etf
 
 __all__ = ["EBVHead", "coherence", "equiangular_basis", "welch_bound"]
@@ -99,7 +99,7 @@ def equiangular_basis(
     steps: int = 600,
     *,
     signed: bool = False,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -120,7 +120,7 @@ def equiangular_basis(
         steps: of the optimiser, at most.
         signed: spread by the cosine instead of its absolute value. Bounding $|\cos|$ forbids opposite vectors, which a
             classifier has no reason to avoid: with few dimensions the signed basis leaves more room.
-        generator: draws the start; None uses torch's default generator.
+        generator: draws the start; a seed will do, None uses torch's default generator.
         dtype: of the result; None takes torch's default.
         device: where it is computed; None is the generator's device, or the cpu.
 
@@ -141,6 +141,7 @@ def equiangular_basis(
     check_positive_int(dim, "dim")
     check_positive_int(steps, "steps")
     check_in_range(max_cos, "max_cos", 0, 1)
+    generator = check_generator(generator)
     where = torch.device(device) if device is not None else generator.device if generator is not None else "cpu"
     dtype = dtype or torch.get_default_dtype()
     if signed and n_classes <= dim + 1:
@@ -228,7 +229,8 @@ class EBVHead(nn.Module):
         if features.shape[-1] != self.basis.shape[1]:
             raise ValueError(f"expected features of {self.basis.shape[1]} dimensions, got {features.shape[-1]}")
         basis = F.normalize(self.basis, dim=-1) if isinstance(self.basis, nn.Parameter) else self.basis
-        return F.normalize(features, dim=-1) @ basis.mT / self.temperature
+        unit = F.normalize(features, dim=-1)
+        return unit @ basis.mT.to(unit.dtype) / self.temperature
 
     def extra_repr(self) -> str:
         """Say the sizes and the temperature where the module is printed."""

@@ -54,7 +54,7 @@ class NDLoss(nn.Module):
                 f"expected features of shape (n, {self.directions.shape[1]}) of both, got {tuple(student.shape)} and "
                 f"{tuple(teacher.shape)}: project the student's, as ProjectedStudent does"
             )
-        along = (student * self.directions[labels]).sum(-1)
+        along = (student * self.directions[labels].to(student.dtype)).sum(-1)
         longer = torch.maximum(torch.linalg.vector_norm(student, dim=-1), torch.linalg.vector_norm(teacher, dim=-1))
         return (1 - along / longer.clamp_min(torch.finfo(along.dtype).tiny)).mean()
 

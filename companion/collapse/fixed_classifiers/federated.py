@@ -27,13 +27,14 @@ from companion.geometry import simplex_etf
 __all__ = ["FedLoGe", "dirichlet_partition", "fedavg", "realign_norms", "sparse_etf"]
 
 
+@torch.enable_grad()
 def sparse_etf(
     n_classes: int,
     dim: int,
     sparsity: float = 0.6,
     steps: int = 500,
     *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Return class vectors that are nearly a simplex although most of their entries are zero.
@@ -48,7 +49,7 @@ def sparse_etf(
         dim: d, at least C - 1.
         sparsity: share of zeros in every row, in [0, 1); at least one entry stays.
         steps: of the optimiser.
-        generator: draws rotation and zeros; None uses torch's default generator.
+        generator: draws rotation and zeros; a seed will do, None uses torch's default generator.
         dtype: of the result; None takes torch's default.
 
     Returns:
@@ -66,6 +67,7 @@ def sparse_etf(
     """
     check_in_range(sparsity, "sparsity", 0, 1, inclusive="low")
     check_positive_int(steps, "steps")
+    generator = check_generator(generator)
     where = "cpu" if generator is None else generator.device
     rotation = torch.Generator(where).manual_seed(int(torch.randint(2**31, (), generator=generator, device=where)))
     start = simplex_etf(n_classes, dim, generator=rotation, device=where)
@@ -307,6 +309,7 @@ class FedLoGe(BaseEstimator):
             return F.normalize(torch.randn(self.n_classes, self.dim, generator=generator), dim=1)
         raise ValueError(f"expected head 'sparse_etf', 'etf', 'random' or 'cosine', got {self.head!r}")
 
+    @torch.enable_grad()
     def fit(self, clients: Sequence[tuple[Any, Any]], y: None = None) -> "FedLoGe":
         """Train on the data of all clients.
 

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.checks import as_tensor, check_features, check_in_range, check_labels, check_positive_int
+from companion.checks import (
+    as_tensor,
+    check_features,
+    check_generator,
+    check_in_range,
+    check_labels,
+    check_positive_int,
+)
 from companion.geometry import class_means, random_orthonormal, subspace_angles
 
 __all__ = ["GrassmannHead", "RiemannianSGD", "grassmann_distance", "grassmann_exp", "intra_class_variability"]
@@ -30,7 +37,7 @@ class GrassmannHead(nn.Module):
         n_classes: C, at least 2.
         k: dimension of each subspace, at most d.
         gamma: the largest logit, above 0.
-        generator: draws the subspaces, uniformly; None uses torch's default generator.
+        generator: draws the subspaces, uniformly; a seed will do, None uses torch's default generator.
 
     Raises:
         ValueError: sizes below one, k above d, gamma of at most 0.
@@ -45,10 +52,17 @@ class GrassmannHead(nn.Module):
     """
 
     def __init__(
-        self, dim: int, n_classes: int, k: int = 8, gamma: float = 25.0, *, generator: torch.Generator | None = None
+        self,
+        dim: int,
+        n_classes: int,
+        k: int = 8,
+        gamma: float = 25.0,
+        *,
+        generator: torch.Generator | int | None = None,
     ) -> None:
         super().__init__()
         check_positive_int(n_classes, "n_classes", minimum=2)
+        generator = check_generator(generator)
         frames = [random_orthonormal(dim, k, generator=generator) for _ in range(n_classes)]
         self.weight = nn.Parameter(torch.stack(frames))  # (C, d, k)
         self.gamma = check_in_range(gamma, "gamma", 0, inclusive="neither")

@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from companion.checks import as_tensor, check_features, check_in_range, check_labels, check_positive_int, check_probs
+from companion.geometry import single
 
 __all__ = ["LokiHead", "embedding_metric", "frechet_predict", "grid_metric", "locus", "next_class", "tree_metric"]
 
@@ -107,7 +108,7 @@ def _square(distances: Any, observed: Any) -> tuple[np.ndarray, np.ndarray]:
     observed = check_labels(observed, n_classes=len(d), name="observed")
     if len(observed.unique()) != len(observed):
         raise ValueError("expected observed labels that are distinct, got repeated ones")
-    return d.double().cpu().numpy(), observed.cpu().numpy()
+    return d.detach().double().cpu().numpy(), observed.cpu().numpy()
 
 
 def locus(distances: Any, observed: Any, power: float = 2.0) -> Tensor:
@@ -289,4 +290,4 @@ def embedding_metric(embeddings: Any, metric: str = "euclidean") -> Tensor:
         return embedding_metric(e / norms) / 2**0.5
     if metric != "euclidean":
         raise ValueError(f"expected metric 'euclidean' or 'cosine', got {metric!r}")
-    return torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(single(e), single(e), compute_mode="donot_use_mm_for_euclid_dist").to(e.dtype)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.checks import check_features, check_in_range, check_labels, check_positive_int
+from companion.checks import check_features, check_generator, check_in_range, check_labels, check_positive_int
 
 __all__ = [
     "FactoredOutputLayer",
@@ -201,7 +201,7 @@ class FactoredOutputLayer(nn.Module):
         n_classes: C, at least 2.
         loss: of the spherical family: `ZLoss`, `TaylorSoftmaxLoss`, `SphericalSoftmaxLoss`, or anything with
             `per_sample(SphericalStats, n_classes)`; None takes `ZLoss()`.
-        generator: draws the weights, normal with variance 1/d; None uses torch's default generator.
+        generator: draws the weights, normal with variance 1/d; a seed will do, None uses torch's default generator.
 
     Raises:
         ValueError: sizes below one (two for classes).
@@ -224,12 +224,12 @@ class FactoredOutputLayer(nn.Module):
         n_classes: int,
         loss: nn.Module | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ) -> None:
         super().__init__()
         self.dim, self.n_classes = check_positive_int(dim, "dim"), check_positive_int(n_classes, "n_classes", minimum=2)
         self.loss = ZLoss() if loss is None else loss
-        self.register_buffer("V", torch.randn(n_classes, dim, generator=generator) / dim**0.5)
+        self.register_buffer("V", torch.randn(n_classes, dim, generator=check_generator(generator)) / dim**0.5)
         for name in ("U", "U_inverse", "Q"):
             self.register_buffer(name, torch.eye(dim, dtype=torch.float64))
         for name in ("omega", "row_sum"):
