@@ -203,13 +203,17 @@ def check_probs(p: Any, name: str = "probs", *, device: torch.device | str | Non
     if smallest >= 0 and _sum_to_one(rows, p.dtype):
         return p
     _check_finite(p, name)
+    low, high = (total.item() for total in torch.aminmax(rows))
+    problem = f"rows that sum to between {low:.4g} and {high:.4g}"
+    kind = f"logits: pass softmax({name}, dim=1)"
     if smallest < 0:
         problem = f"a smallest value of {smallest.item():.4g}"
-    else:
-        problem = f"rows that sum to between {rows.min().item():.4g} and {rows.max().item():.4g}"
+    elif low > 0.95 and high < 1.05:  # a softmax of these would hide all that they say
+        kind = f"rounded probabilities: pass {name} / {name}.sum(1, keepdims=True)"
+    elif low > 95 and high < 105:
+        kind = f"percentages: pass {name} / 100"
     raise ValueError(
-        f"expected {name} to be probabilities (at least 0, rows summing to one), got {problem}: "
-        f"looks like logits: pass softmax({name}, dim=1)"
+        f"expected {name} to be probabilities (at least 0, rows summing to one), got {problem}: looks like {kind}"
     )
 
 

@@ -227,3 +227,17 @@ def test_large_whole_numbers_stay_apart():
 def test_a_single_number_has_no_length():
     with pytest.raises(ValueError, match="expected y to have a length, got a single number"):
         check_same_length(x=[1], y=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "hint"),
+    [
+        ([[0.333, 0.333, 0.333]], r"rounded probabilities: pass p / p\.sum\(1, keepdims=True\)"),
+        ([[33.3, 33.3, 33.3]], "percentages: pass p / 100"),
+        ([[3.0, 0.5, 0.1]], "logits: pass softmax"),
+        ([[-0.1, 0.6, 0.5]], "logits: pass softmax"),
+    ],
+)
+def test_what_improbable_probabilities_look_like(rows, hint):
+    with pytest.raises(ValueError, match=hint):
+        check_probs(rows, "p")
