@@ -5,7 +5,14 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from companion.calibration import classwise_ece, expected_calibration_error, top_class
+from companion.calibration import (
+    binary_calibration_error,
+    classwise_ece,
+    ece_noise_floor,
+    expected_calibration_error,
+    reliability_curve,
+    top_class,
+)
 
 
 def draw(n=500, n_classes=4, seed=0, dtype=torch.float64):
@@ -196,3 +203,21 @@ class TestInput:
         there = metric(probs.to(device), labels.to(device))
         assert there.device.type == device.type
         assert there.item() == pytest.approx(metric(probs, labels).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_of_sure_models_may_be_rounded_to_above_one(dtype):
+    probs = sum(0.1 * torch.tensor([[1.0, 0.0], [0.6, 0.4]]) for _ in range(10)).repeat(20, 1)
+    probs[0, 0] = 1 + torch.finfo(dtype).eps
+    probs, labels = probs.to(dtype), torch.zeros(40, dtype=torch.int64)
+    assert probs.max() > 1
+    confidence, correct = top_class(probs, labels)
+    expected = expected_calibration_error(probs, labels)
+    assert binary_calibration_error(confidence, correct) == expected
+    assert 0 < ece_noise_floor(probs) < 0.2
+    assert ece_noise_floor(confidence) == ece_noise_floor(probs)
+    curve = reliability_curve(probs, labels)
+    assert abs(curve.ece - expected) < 2 * torch.finfo(dtype).eps
+    assert curve.confidence.max() <= 1
+    with pytest.raises(ValueError, match="looks like logits"):
+        binary_calibration_error(1.1 * confidence, correct)

@@ -90,6 +90,7 @@ def reliability_curve(
     level = check_in_range(level, "level", 0, 1, inclusive="neither")
     n_resamples, generator = check_positive_int(n_resamples, "n_resamples"), check_generator(generator)
     p, o = (v.detach().cpu().double() for v in confidence_and_outcome(probs, labels))
+    p = p.clamp(max=1)  # what rounding put above
     ece, noise = binary_calibration_error(p, o, n_bins, "l1", strategy), ece_noise_floor(p, n_bins, strategy)
     bins = assign_bins(p, n_bins, strategy)
     zeros = torch.zeros(n_bins, dtype=torch.float64)

@@ -40,7 +40,7 @@ class TopClass(NamedTuple):
 
 
 def check_confidence(confidence: Any, name: str = "confidence", *, device: torch.device | None = None) -> Tensor:
-    """Return confidence as a float tensor of shape (n,), n at least 1, with values in [0, 1].
+    """Return confidence as a float tensor of shape (n,), n at least 1, with values in [0, 1], up to rounding above.
 
     Raises:
         ValueError: another shape, empty, NaN, or values outside [0, 1] (logits, log-probabilities, percentages).
@@ -58,7 +58,8 @@ def check_confidence(confidence: Any, name: str = "confidence", *, device: torch
         )
     confidence = check_scores(confidence, name, 1, device=device)
     low, high = (v.item() for v in torch.aminmax(confidence.detach()))
-    if low < 0 or high > 1:
+    slack = max(1e-4, 2 * torch.finfo(confidence.dtype).eps)  # the mean of ten models that are sure may be 1.0000001
+    if low < 0 or high > 1 + slack:
         kind = "percentages: divide by 100" if low >= 0 and 1.5 < high <= 100 else f"logits: pass sigmoid({name})"
         if whole and low >= 0:
             kind = "labels (the order is confidences, then labels), or percentages: divide by 100"
@@ -394,7 +395,8 @@ def ece_noise_floor(probs: Any, n_bins: int = 15, strategy: str = "width") -> Te
     p = check_probs(probs).amax(1) if as_tensor(probs, "probs").dim() == 2 else check_confidence(probs)
     wide = p.detach().double()
     bins = assign_bins(p, n_bins, strategy)
-    variance = torch.zeros(n_bins, dtype=torch.float64, device=p.device).index_add(0, bins, wide * (1 - wide))
+    spread = (wide * (1 - wide)).clamp(min=0)  # a confidence may be rounded to above 1
+    variance = torch.zeros(n_bins, dtype=torch.float64, device=p.device).index_add(0, bins, spread)
     return (2 / torch.pi * variance).sqrt().sum() / p.shape[0]
 
 
