@@ -11,13 +11,26 @@ import pairs
 
 
 def without_solutions(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return a copy without the section called Solutions and without any cell tagged so."""
+    """Return a copy without the section called Solutions and without any cell tagged so.
+
+    A section may begin and end within a cell: the text between two code cells is one cell, whatever its headings.
+    """
     kept, inside = [], False
     for cell in notebook.cells:
-        if cell.cell_type == "markdown" and cell.source.startswith("## "):
-            inside = cell.source.split("\n", 1)[0].strip() == "## Solutions"
-        if not inside and "solution" not in cell.metadata.get("tags", []):
-            kept.append(cell)
+        if cell.cell_type != "markdown":
+            if not inside and "solution" not in cell.metadata.get("tags", []):
+                kept.append(cell)
+            continue
+        lines, fenced = [], False
+        for line in cell.source.split("\n"):
+            fenced ^= line.lstrip().startswith("```")
+            if not fenced and line.startswith("## "):
+                inside = line.strip() == "## Solutions"
+            if not inside:
+                lines.append(line)
+        source = "\n".join(lines).strip()
+        if source or not cell.source.strip():
+            kept.append(nbformat.from_dict({**cell, "source": source}))
     copy = nbformat.from_dict(notebook)
     copy.cells = kept
     return copy
