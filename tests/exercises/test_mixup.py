@@ -126,6 +126,8 @@ class TestMixingBeyondLabels:
             ("4", ring(inner=1.0), "overlap"),
             ("4", torch.zeros(3), "pair"),
             ("4", (torch.zeros(5, 2), torch.zeros(5, 2)), "200"),
+            ("4", tuple(v.repeat(2, 1) for v in ring(inner=1.0)), "overlap"),
+            ("4", tuple(v[::8].repeat(8, 1) for v in ring()), "different points"),
         ],
     )
     def test_mistakes_get_their_hint(self, key, answer, hint):

@@ -118,6 +118,15 @@ def test_solutions_are_correct(key):
     assert verdict.state == "correct", verdict
 
 
+@pytest.mark.parametrize("n", [100, 400, 4000])
+@pytest.mark.parametrize("seed", range(5))
+def test_bits_may_be_drawn(n, seed):
+    bits = torch.randint(2, (n, 2), generator=torch.Generator().manual_seed(seed))
+    either, both = (bits[:, 0] != bits[:, 1]).float(), (bits[:, 0] * bits[:, 1]).float()
+    assert judge("subgroups/3", (either, bits)).state == "correct"
+    assert "already gives" in judge("subgroups/3", (both, bits)).message
+
+
 @pytest.mark.parametrize("key", SOLUTIONS)
 @pytest.mark.parametrize("stub", [None, ...])
 def test_stubs_are_not(key, stub):
