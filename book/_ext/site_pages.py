@@ -1,7 +1,8 @@
 """What this site needs of Sphinx beyond its configuration.
 
-Drops the scripts that would ask other servers for something, and turns the few conventions of our docstrings
-(`$...$`, `Paper: key`, `Chapter: theme/chapter`) into mathematics and links.
+Drops the scripts that would ask other servers for something, leads a report's links to chapters to their pages,
+and turns the few conventions of our docstrings (`$...$`, `Paper: key`, `Chapter: theme/chapter`) into mathematics
+and links.
 """
 
 import re
@@ -16,6 +17,18 @@ def drop_remote_scripts(app, pagename, templatename, context, doctree):
     for kind in ("script_files", "css_files"):
         if kind in context:
             context[kind] = [asset for asset in context[kind] if "thebe" not in _text(asset)]
+
+
+def chapters_on_the_site(app, pagename, templatename, context, doctree):
+    """A report names the notebook in the repository, which is right anywhere else: here the chapter is at hand."""
+    book = re.escape(app.config.html_theme_options.get("repository_url", "")) + r"/blob/\w+/(book/[\w/-]+)\.ipynb"
+
+    def lead(link: re.Match) -> str:
+        known = link[1] in app.env.found_docs
+        return f'<a href="{context["pathto"](link[1])}"' if known else link[0]
+
+    if "body" in context:
+        context["body"] = re.sub(rf'<a href="{book}"', lead, context["body"])
 
 
 def _text(asset) -> str:
@@ -120,6 +133,7 @@ def public_bases(app, name, obj, options, bases):
 def setup(app):
     """Connect the hooks."""
     app.connect("html-page-context", drop_remote_scripts, priority=900)
+    app.connect("html-page-context", chapters_on_the_site)
     app.connect("autodoc-process-docstring", conventions, priority=600)
     app.connect("autodoc-skip-member", skip_inherited)
     app.connect("autodoc-process-bases", public_bases)

@@ -6,6 +6,7 @@ ready.then(() => document.fonts.ready).then(() => {
   done({
     maths: maths.length,
     unset: maths.filter((m) => !m.querySelector("mjx-container")).map((m) => m.textContent.slice(0, 60)),
+    scrolls: maths.filter((m) => m.tagName === "SPAN" && innerWidth > 1000 && /auto|scroll/.test(getComputedStyle(m).overflowX)).map((m) => m.textContent.slice(0, 60)),
     wrong: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map((m) => m.textContent.slice(0, 60)),
     raw: [...document.querySelectorAll(".bd-article p, .bd-article li, .bd-article td, .bd-article figcaption")]
       .filter((e) => !e.closest("pre, .highlight"))

@@ -43,6 +43,7 @@ def complaints(name, elsewhere, console, look):
     if "error" in look:
         return [*found, f"{name}: {look['error']}"]
     found += [f"{name}: mathematics is not set: {text}" for text in look["unset"] + look["wrong"]]
+    found += [f"{name}: a formula in a line has a scrollbar: {text}" for text in look["scrolls"]]
     found += [f"{name}: mathematics or a role shows raw: {text}" for text in look["raw"]]
     found += [f"{name}: an image has no alt text: {src}" for src in look["images"]]
     found += [f"{name}: an image does not load: {src}" for src in look["broken"]]
