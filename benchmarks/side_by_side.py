@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 SLOW = 2.5  # seconds from which a peer takes part in two rounds only
+LEAST = 5  # rounds, whatever they take
 
 
 @dataclass
@@ -108,7 +109,7 @@ def _interleaved(runs: dict, slow: set, seconds: float, rounds: int) -> dict[str
                 continue
             gc.collect()
             times[name].append(_seconds(run))
-        if i >= 1 and time.perf_counter() - start > seconds:
+        if i + 1 >= LEAST and time.perf_counter() - start > seconds:
             break
     return times
 

@@ -30,7 +30,7 @@ THEMES = {
     "mixup": "Mixup",
     "training": "Training many small networks",
 }
-LATER = "The attacks of the design's list (FGSM, PGD, Carlini and Wagner) wait for their chapter."
+LATER = "Attacks (FGSM, PGD, Carlini and Wagner) wait for their chapter."
 
 
 def build(root: Path = ROOT) -> int:
