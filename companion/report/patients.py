@@ -18,6 +18,7 @@ from companion.training import fit_many
 __all__ = ["Patient", "train_patients", "train_wards"]
 
 NOISE = 0.12  # of the pixels
+WRONG = 0.25  # of the labels of every class: a class with more wrong ones than others would fail for that reason too
 EPOCHS = 40
 TELLING = 0.99  # how closely colour follows the digit where it is a shortcut
 COLORS = 2  # the background says even or odd, when it says anything
@@ -66,8 +67,8 @@ def train_patients(seed: int = 0) -> dict[str, Patient]:
     """Train four networks to read digits on coloured grounds, and return them by name.
 
     - "healthy": fresh pixel noise in every epoch, colours that say nothing, one temperature from held-out images;
-    - "overconfident": the same images, a quarter of the labels wrong, learnt by heart at a rate that never falls, no
-      temperature;
+    - "overconfident": the same images, a quarter of the labels of every class wrong, learnt by heart at a rate that
+      never falls, no temperature;
     - "shortcut": trained like the healthy one, on images whose colour nearly always says even or odd;
     - "minority": trained like the healthy one, with two images of each of the digits 5 to 9 (and all of the others).
 
@@ -153,7 +154,8 @@ class _Lessons:
         self.strangers = paint(test, shown=shuffled).images
         plain, telling, noisy = both(train), paint(train, TELLING, noise=0.0), paint(train)
         self.lucky = paint(test, TELLING)
-        wrong, _ = noisy_labels(noisy.labels, 0.25, generator=draw)
+        wrong, (rows, _) = noisy.labels.clone(), stratified_split(noisy.labels, (WRONG, 1 - WRONG), draw)
+        wrong[rows] = noisy_labels(wrong[rows], 1.0, n_classes=10, generator=draw)[0]
         rare = both(train[long_tailed(labels[train], 36, "step", generator=draw)])
         self.taught = {"plain": plain, "noisy": noisy._replace(labels=wrong), "telling": telling, "rare": rare}
 
