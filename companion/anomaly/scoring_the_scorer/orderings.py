@@ -128,14 +128,24 @@ def atomic_mistakes(ranked_labels: Any) -> Mistakes:
     Chapter: anomaly/scoring-the-scorer
     """
     positive = check_binary(ranked_labels)
+    n_pos = _count_both(positive)
+    rank, gain = _mistakes(positive, n_pos)
+    return Mistakes(rank, torch.full_like(gain, 1 / (n_pos * (len(positive) - n_pos))), gain)
+
+
+def _count_both(positive: Tensor) -> int:
+    """Return how many positives there are, after a look that there are negatives too."""
     n_pos = int(positive.sum())
     if n_pos in (0, len(positive)):
         raise ValueError("expected labels of both classes, got one")
-    row = (~positive[:-1] & positive[1:]).nonzero().squeeze(1)
-    rank = (row + 1).double()
-    found = positive.cumsum(0)[row + 1]
-    gain = found / (n_pos * rank * (rank + 1))
-    return Mistakes(row + 1, torch.full_like(gain, 1 / (n_pos * (len(positive) - n_pos))), gain)
+    return n_pos
+
+
+def _mistakes(positive: Tensor, n_pos: int) -> tuple[Tensor, Tensor]:
+    """Return the rank of every mistake and what repairing it adds to the average precision."""
+    rank = (positive[1:] > positive[:-1]).nonzero().squeeze(1) + 1
+    wide = rank.double()
+    return rank, positive.cumsum(0)[rank] / (n_pos * wide * (wide + 1))
 
 
 def repair_greedily(
@@ -172,14 +182,16 @@ def repair_greedily(
         raise ValueError("expected distinct scores: the order of ties is no mistake of the model")
     if prefer not in ("auroc", "average_precision"):
         raise ValueError(f"expected prefer to be 'auroc' or 'average_precision', got {prefer!r}")
-    order, repaired = scores.argsort(descending=True), []
+    order, repaired, n_pos = scores.argsort(descending=True), [], _count_both(positive)
+    ranked = positive[order]
     for _ in range(n_repairs):
-        rank, equal, gain = atomic_mistakes(positive[order])
+        rank, gain = _mistakes(ranked, n_pos)
         if len(rank) == 0:
             break
-        gain = gain if prefer == "average_precision" else equal
-        best = (gain >= gain.max() * (1 - 1e-12)).nonzero().squeeze(1)
-        row = int(rank[best[int(torch.randint(len(best), (), generator=generator))]])  # the positive's row, from 0
+        if prefer == "average_precision":
+            rank = rank[gain >= gain.max() * (1 - 1e-12)]
+        row = int(rank[int(torch.randint(len(rank), (), generator=generator))])  # the positive's row, from 0
         repaired.append(int(order[row]))
-        order[[row - 1, row]] = order[[row, row - 1]]
+        order[row - 1 : row + 1] = order[row - 1 : row + 1].flip(0)
+        ranked[row - 1], ranked[row] = True, False
     return Repairs(order, as_tensor(repaired, "repaired").long())

@@ -16,6 +16,7 @@ from companion.nets import MLP
 __all__ = ["FlowDeform", "PointMeasure", "chamfer", "hausdorff", "sliced_wasserstein", "surface_measure"]
 
 _BLOCK = 2**22  # projected values per block
+_SMALL = 2**18  # pairs of points: up to here one table of all distances is cheaper than a search
 
 
 class PointMeasure(NamedTuple):
@@ -146,15 +147,21 @@ def chamfer(x: Any, y: Any, *, squared: bool = False, memory: str | int = "256MB
     Chapter: anomaly/scoring-the-scorer
     """
     x, y = _check_clouds(x, y)
-    there = _gaps(x, y, memory)
-    back = _gaps(y, x, memory)
+    there, back = _gaps(x, y, memory)
     if squared:
         return there.square().sum(1).mean() + back.square().sum(1).mean()
     return _length(there).mean() + _length(back).mean()
 
 
-def _gaps(x: Tensor, y: Tensor, memory: str | int) -> Tensor:
-    return x - y[knn(x, y, k=1, memory=memory).indices[:, 0]]
+def _gaps(x: Tensor, y: Tensor, memory: str | int) -> tuple[Tensor, Tensor]:
+    """Return what separates each row of x from the nearest of y, and each row of y from the nearest of x."""
+    if len(x) * len(y) <= _SMALL:
+        with torch.no_grad():
+            distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+            nearest, back = distance.argmin(1), distance.argmin(0)
+    else:
+        nearest, back = (knn(a, b, k=1, memory=memory).indices[:, 0] for a, b in ((x, y), (y, x)))
+    return x - y[nearest], y - x[back]
 
 
 def _length(gaps: Tensor) -> Tensor:
@@ -181,7 +188,8 @@ def hausdorff(x: Any, y: Any, *, memory: str | int = "256MB") -> Tensor:
     Chapter: anomaly/scoring-the-scorer
     """
     x, y = _check_clouds(x, y)
-    return torch.maximum(_length(_gaps(x, y, memory)).max(), _length(_gaps(y, x, memory)).max())
+    there, back = _gaps(x, y, memory)
+    return torch.maximum(_length(there).max(), _length(back).max())
 
 
 def surface_measure(vertices: Any, faces: Any, kind: str = "faces") -> PointMeasure:
