@@ -1,6 +1,8 @@
 """Scores, kernels, streams and diagrams: closed forms, identities, limits, other people's code, and bad input."""
 
 import math
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -377,3 +379,22 @@ def test_devices_agree(device):
     metric = ClasswiseECE(4).to(device)
     metric.update(probs.to(device), labels.to(device))
     assert metric.compute().item() == pytest.approx(classwise_ece(probs, labels).item(), abs=1e-12)
+
+
+def test_a_diagram_leaves_the_style_of_other_pictures_alone():
+    code = """if True:
+        import matplotlib
+        from companion.calibration import reliability_diagram
+        before = dict(matplotlib.rcParams)
+        for _ in range(2):
+            fig = reliability_diagram([0.2, 0.4, 0.7, 0.9], [0, 1, 1, 1], n_bins=5)
+            assert fig.axes[0].get_facecolor() != (1, 1, 1, 1), "the figure itself has the style of the book"
+            assert dict(matplotlib.rcParams) == before
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_axis_is_not_two():
+    with pytest.raises(ValueError, match="expected two axes, diagram and histogram, got 1"):
+        reliability_diagram([0.2, 0.9], [0, 1], axes=plt.figure().add_subplot())
+    plt.close()

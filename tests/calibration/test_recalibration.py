@@ -613,3 +613,12 @@ def test_predicting_in_another_dtype_leaves_the_estimator_alone(estimator):
     fitted.predict_proba((3 * true).half())
     fitted.transform((3 * true).float())
     assert torch.equal(fitted.predict_proba(3 * true), before)
+
+
+@pytest.mark.parametrize("estimator", [HCalibrator("margin", random_state=-1), CorrectnessCalibrator(random_state=-1)])
+def test_a_wrong_seed_is_called_by_its_name(estimator):
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(200, 3, generator=generator)
+    labels = torch.softmax(true, 1).multinomial(1, generator=generator).squeeze(1)
+    with pytest.raises(ValueError, match="expected random_state to be a seed"):
+        estimator.fit(3 * true, labels)

@@ -5,6 +5,7 @@ Public: `reliability_curve` and what it returns, `ReliabilityCurve`; `reliabilit
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,21 +152,31 @@ def reliability_diagram(
 
     Chapter: calibration/measuring-calibration
     """
-    from companion import figures
+    import matplotlib
 
     curve = reliability_curve(
         probs, labels, n_bins, strategy, level=level, n_resamples=n_resamples, generator=generator
     )
-    if axes is None:
-        ratio = {"height_ratios": [3.2, 1]}
-        _, axes = figures.subplots(2, 1, figsize=(4.4, 4.8), sharex=True, gridspec_kw=ratio)
-    if len(axes) != 2:
-        raise ValueError(f"expected two axes, diagram and histogram, got {len(axes)}")
-    top, bottom = axes
+    with matplotlib.rc_context():  # in a notebook the import sets the style of the book for good; here it must not last
+        from companion import figures
+    with matplotlib.rc_context():
+        if axes is None:
+            figures.use_style()
+            ratio = {"height_ratios": [3.2, 1]}
+            _, axes = figures.subplots(2, 1, figsize=(4.4, 4.8), sharex=True, gridspec_kw=ratio)
+        axes = np.ravel(axes)
+        if len(axes) != 2:
+            raise ValueError(f"expected two axes, diagram and histogram, got {len(axes)}")
+        return _drawn(curve, *axes, title, event, figures.COLORS)
+
+
+def _drawn(
+    curve: ReliabilityCurve, top: Any, bottom: Any, title: str | None, event: str, colors: list[str]
+) -> "Figure":
     left, width = curve.left.numpy(), (curve.right - curve.left).clamp(min=0.004).numpy()
     bar = {"align": "edge", "linewidth": 0.6}
     accuracy, gap = curve.accuracy.numpy(), (curve.confidence - curve.accuracy).numpy()
-    blue, orange = figures.COLORS[0], figures.COLORS[1]
+    blue, orange = colors[:2]
     top.bar(left, accuracy, width, color=blue, edgecolor="white", label=event, **bar)
     top.bar(
         left,

@@ -293,7 +293,7 @@ class CorrectnessCalibrator(BaseEstimator):
         hidden, steps = check_positive_int(self.hidden, "hidden"), check_positive_int(self.steps, "steps")
         temperature = TemperatureScaler().fit(views[:, 0], y).temperature_
         views = single(views) / temperature
-        seed = check_generator(self.random_state)
+        seed = check_generator(self.random_state, "random_state")
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed.initial_seed())

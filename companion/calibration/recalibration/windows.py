@@ -404,7 +404,7 @@ class HCalibrator(BaseEstimator):
 
     def _make_map(self, n_classes: int) -> nn.Module:
         if self.map == "margin":
-            seed = check_generator(self.random_state)
+            seed = check_generator(self.random_state, "random_state")
             with torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed.initial_seed())
