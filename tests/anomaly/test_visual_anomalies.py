@@ -386,6 +386,20 @@ class TestSimpleNet:
         loss = SimpleNetDetector(steps=80, random_state=0).fit(plates[0]).loss_
         assert np.mean(loss[-10:]) < 0.7 * np.mean(loss[:10])
 
+    @pytest.mark.parametrize(("average", "last"), [(0.0, 1), (0.5, 3), (1.0, 6)])
+    def test_the_weights_of_the_last_steps_are_averaged(self, average, last):
+        """Every path is a prefix of the longest one: where it ended after each step is known."""
+        grid = torch.rand(2, 4, 4, 5, generator=torch.Generator().manual_seed(0))
+        ends = [
+            [w.detach() for w in SimpleNetDetector(steps=n, random_state=0).fit_patches(grid).members_.parameters()]
+            for n in range(1, 7)
+        ]
+        detector = SimpleNetDetector(steps=6, average=average, random_state=0).fit_patches(grid)
+        for i, weight in enumerate(detector.members_.parameters()):
+            torch.testing.assert_close(weight, torch.stack([end[i] for end in ends[6 - last :]]).mean(0))
+        with pytest.raises(ValueError, match="average"):
+            detector.set_params(average=1.5).fit_patches(grid)
+
     def test_members_are_judged_together(self, plates):
         grid = local_patch_features(plates[0])
         detector = SimpleNetDetector(steps=3, members=3, random_state=0).fit_patches(grid)

@@ -120,9 +120,12 @@ class TextureNet(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the output of every stage."""
+        return self._maps(images, len(self.stages))
+
+    def _maps(self, images: Tensor, n: int) -> list[Tensor]:
         h = (images.expand(-1, 3, -1, -1) - 0.5) * 4
         maps = []
-        for stage in self.stages:
+        for stage in self.stages[:n]:
             h = stage(h)
             maps.append(h)
         return maps
@@ -130,7 +133,7 @@ class TextureNet(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the chosen stages' feature maps."""
         blocks = images.split(BLOCK) if images.device.type == "cpu" else [images]
-        maps = [self.maps(block) for block in blocks]
+        maps = [self._maps(block, max(self.layers)) for block in blocks]
         return [torch.cat([stages[layer - 1] for stages in maps]) for layer in self.layers]
 
     def logits(self, images: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ class FODDetector(ImageDetector):
         return torch.nn.functional.adaptive_avg_pool2d(x, self.grid).flatten(2).transpose(1, 2)
 
     def _train(self, x: Tensor, g: torch.Generator | None) -> None:
-        optimizer = torch.optim.Adam(self.layer_.parameters(), lr=3e-3)
+        optimizer = torch.optim.Adam(self.layer_.parameters(), lr=3e-3, fused=x.device.type in ("cpu", "cuda"))
         self.entropy_ = []
         for step in range(self.steps):
             batch = x[torch.randint(len(x), (16,), generator=g).to(x.device)]

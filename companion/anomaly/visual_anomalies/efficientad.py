@@ -263,13 +263,15 @@ class EfficientADDetector(ImageDetector):
             c, size = target.shape[1], target.shape[2:]
             self.student_ = PatchDescriptionNetwork(images.shape[1], 2 * c, width=16).to(images.device)
             self.autoencoder_ = _SceneAutoencoder(images.shape[1:], self.latent, c, size).to(images.device)
+        for net in (self.student_, self.autoencoder_):
+            net.to(memory_format=torch.channels_last)  # a third less time on a processor
         self._train(train, target, g)
         maps = [self._both(b) for b in held.split(self.batch_size)]
         self.quantiles_ = [_quantiles(torch.cat(m)) for m in zip(*maps, strict=True)]
 
     def _train(self, images: Tensor, target: Tensor, g: torch.Generator | None) -> None:
         parameters = [*self.student_.parameters(), *self.autoencoder_.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=self.lr)
+        optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=images.device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, 2 * self.steps // 3), 0.1)
         self.loss_ = []
         for _ in range(self.steps):

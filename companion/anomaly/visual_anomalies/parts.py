@@ -203,12 +203,14 @@ class SmallUNet(nn.Module):
         with torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
-            self.first = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.LeakyReLU(0.1))
-            self.second = nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.LeakyReLU(0.1))
-            self.third = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.LeakyReLU(0.1))
-            self.up = nn.Sequential(nn.Conv2d(4 * width, width, 3, padding=1), nn.LeakyReLU(0.1))
+            self.first = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.LeakyReLU(0.1, inplace=True))
+            self.second = nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.LeakyReLU(0.1, inplace=True))
+            self.third = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.LeakyReLU(0.1, inplace=True))
+            self.up = nn.Sequential(nn.Conv2d(4 * width, width, 3, padding=1), nn.LeakyReLU(0.1, inplace=True))
             self.out = nn.Sequential(
-                nn.Conv2d(2 * width, width, 3, padding=1), nn.LeakyReLU(0.1), nn.Conv2d(width, 1, 3, padding=1)
+                nn.Conv2d(2 * width, width, 3, padding=1),
+                nn.LeakyReLU(0.1, inplace=True),
+                nn.Conv2d(width, 1, 3, padding=1),
             )
         self.to(memory_format=torch.channels_last)  # a third less time on a processor
 
@@ -269,7 +271,7 @@ class CoarseToFine:
         sizes = masks.sum((1, 2), keepdim=True).clamp(min=1)
         weight = 1 + masks * 60 / sizes  # a small defect counts as much as a large one
         self.net_ = SmallUNet(x.shape[1], self.width, seed=int(torch.randint(2**31, (), generator=g))).to(x.device)
-        optimizer = torch.optim.Adam(self.net_.parameters(), lr=1e-2)
+        optimizer = torch.optim.Adam(self.net_.parameters(), lr=1e-2, fused=x.device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=max(2, self.steps))
         half = x.shape[-1] // 2
         for _ in range(self.steps):

@@ -113,8 +113,9 @@ class SimpleNetDetector(ImageDetector):
         steps: Adam steps.
         lr: learning rate of the adaptor; the discriminator takes ten times as much.
         patches_per_step: normal features drawn in each step.
-        members: how many pairs of adaptor and discriminator, whose outputs are averaged. The paper trains one; where a
-            single training ends is a matter of luck.
+        average: share of the steps, counted from the last one, whose weights are averaged; 0 keeps the last weights, as
+            the paper does. Where a single training ends is a matter of luck; its average is less so.
+        members: how many pairs of adaptor and discriminator, whose outputs are averaged. The paper trains one.
         corrupt: None for noise in feature space; a function (images, generator) -> images instead makes the negatives
             from damaged images, the alternative the paper argues against.
         batch_size: images per pass.
@@ -138,6 +139,7 @@ class SimpleNetDetector(ImageDetector):
         steps: int = 600,
         lr: float = 3e-4,
         patches_per_step: int = 256,
+        average: float = 0.0,
         members: int = 1,
         corrupt: Callable[[Tensor, torch.Generator | None], Tensor] | None = None,
         batch_size: int = 64,
@@ -151,6 +153,7 @@ class SimpleNetDetector(ImageDetector):
         self.steps = steps
         self.lr = lr
         self.patches_per_step = patches_per_step
+        self.average = average
         self.members = members
         self.corrupt = corrupt
         self.batch_size = batch_size
@@ -177,6 +180,7 @@ class SimpleNetDetector(ImageDetector):
         check_positive_int(self.steps, "steps")
         check_positive_int(self.members, "members")
         check_in_range(self.noise_std, "noise_std", 0.0)
+        check_in_range(self.average, "average", 0.0, 1.0)
         normal = grid.flatten(0, 2)
         self.mean_, self.std_ = normal.mean(0), normal.std(0).clamp(min=1e-6)
         return (normal - self.mean_) / self.std_
@@ -191,9 +195,12 @@ class SimpleNetDetector(ImageDetector):
             {"params": self.members_.adaptors, "lr": self.lr},
             {"params": self.members_.discriminators, "lr": 10 * self.lr},
         ]
-        optimizer = torch.optim.Adam(groups, weight_decay=1e-5)
+        fused = normal.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(groups, weight_decay=1e-5, fused=fused)
+        weights = list(self.members_.parameters())
+        sums, first = [torch.zeros_like(w) for w in weights], self.steps - round(self.average * self.steps)
         self.loss_ = []
-        for _ in range(self.steps):
+        for step in range(self.steps):
             x = self.members_.adapt(normal[torch.randint(len(normal), (m, b), generator=g).to(normal.device)])
             if negatives is None:
                 fake = x + self.noise_std * torch.randn(x.shape, generator=g).to(x)
@@ -204,7 +211,13 @@ class SimpleNetDetector(ImageDetector):
             optimizer.zero_grad()
             (m * loss).backward()  # the gradient of each as if it were alone
             optimizer.step()
+            if step >= first:
+                torch._foreach_add_(sums, [w.detach() for w in weights])
             self.loss_.append(float(loss.detach()))
+        if first < self.steps:
+            with torch.no_grad():
+                for weight, total in zip(weights, sums, strict=True):
+                    weight.copy_(total / (self.steps - first))
 
     @torch.no_grad()
     def _score_patches(self, grid: Tensor) -> Tensor:
