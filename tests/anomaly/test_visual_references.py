@@ -25,8 +25,10 @@ from companion.anomaly import (
     decoupled_alignment_loss,
     elbo,
     ensemble_map,
+    fit_prompts,
     height_patches,
     inconsistency_map,
+    local_patch_features,
     make_factor_defects,
     make_height_pairs,
     make_prompt_task,
@@ -97,6 +99,22 @@ class TestResiduals:
             detector.fit([products[0]])
         with pytest.raises(ValueError, match="score"):
             ResADDetector(score="other").fit(products)
+
+    def test_grids_computed_before_give_the_same_scores(self, generator):
+        products = [torch.rand(5, 1, 32, 32, generator=generator) * scale for scale in (0.3, 0.9)]
+        few, new = (torch.rand(n, 1, 32, 32, generator=generator) for n in (3, 4))
+        from_images = ResADDetector(steps=5, random_state=0).fit(products).set_reference(few)
+        grids = [local_patch_features(product) for product in products]
+        from_grids = ResADDetector(steps=5, random_state=0).fit_patches(grids)
+        from_grids.set_reference_patches(local_patch_features(few))
+        scores = [d.score_patches(local_patch_features(new)) for d in (from_images, from_grids)]
+        torch.testing.assert_close(*scores)
+        with pytest.raises(ValueError, match="at least 5 images"):
+            ResADDetector().fit_patches([grid[:4] for grid in grids])
+        with pytest.raises(ValueError, match="at least two products"):
+            ResADDetector().fit_patches(grids[0])
+        with pytest.raises(ValueError, match="at least 2 reference"):
+            from_grids.set_reference_patches(grids[0][:1])
 
 
 class TestModalities:
@@ -259,6 +277,33 @@ class TestPromptFlow:
         patches = torch.rand(2, 3, 8)
         torch.testing.assert_close(ensemble_map(model, patches, 5), ensemble_map(model, patches, 1))
         assert ensemble_map(model, patches, 2).shape == (2, 3)
+
+    def test_prompts_trained_as_one_end_where_each_ends_alone(self, generator):
+        """A point prompt draws nothing but its batches: the plain loop is the reference."""
+        codes = torch.eye(8)
+        tasks = [make_prompt_task(12, codes[:2], codes[2:4], generator=generator) for _ in range(3)]
+        together = fit_prompts(tasks, [5, 6, 7], layers=None, steps=6, batch_size=4)
+        for task, seed, trained in zip(tasks, [5, 6, 7], together):
+            alone, g = PromptScorer(8, layers=None, seed=seed), torch.Generator().manual_seed(seed)
+            optimizer = torch.optim.Adam([p for p in alone.parameters() if p.requires_grad], lr=1e-2)
+            for _ in range(6):
+                rows = torch.randint(12, (4,), generator=g)
+                optimizer.zero_grad()
+                (-elbo(alone, task.patches[rows], task.labels[rows])).backward()
+                optimizer.step()
+            for name, p in alone.named_parameters():
+                torch.testing.assert_close(trained.get_parameter(name), p)
+
+    def test_prompts_trained_as_one_draw_their_own_samples(self, generator):
+        task = make_prompt_task(12, torch.eye(8)[:2], torch.eye(8)[2:4], generator=generator)
+        state = torch.get_rng_state()
+        first, other = fit_prompts([task, task], [0, 1], layers=2, steps=5)
+        again, _ = fit_prompts([task, task], [0, 1], layers=2, steps=5)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(first.flow.w, again.flow.w)
+        assert not torch.equal(first.flow.w, PromptScorer(8, layers=2, seed=0).flow.w)
+        assert not torch.equal(first.flow.w, other.flow.w)
+        assert torch.equal(first.tower[0].weight, PromptScorer(8, layers=2, seed=0).tower[0].weight)
 
     def test_cross_attention_starts_as_identity(self):
         text = torch.rand(3, 8)

@@ -29,6 +29,7 @@ from companion.anomaly.visual_references.prompts import (
     ResidualCrossAttention,
     elbo,
     ensemble_map,
+    fit_prompts,
     make_prompt_task,
 )
 from companion.anomaly.visual_references.residuals import (
@@ -73,6 +74,7 @@ __all__ = [
     "decoupled_alignment_loss",
     "elbo",
     "ensemble_map",
+    "fit_prompts",
     "height_patches",
     "inconsistency_map",
     "make_factor_defects",

@@ -148,16 +148,16 @@ class CaptionDecoder(nn.Module):
         n = len(embeddings)
         code = self.code(embeddings.flatten(2).flatten(0, 1)).view(2 * n, 16, 8, 8)
         code = code.contiguous(memory_format=torch.channels_last)  # enlarging and convolving are faster so
-        layers = self.picture(code).unflatten(0, (n, 2))
+        layers = self.picture(code).contiguous().unflatten(0, (n, 2))  # (n, 2, 4, 32, 32), each channel in one piece
+        layers = torch.sigmoid(layers - layers.new_tensor([0.0, 0.0, 0.0, 2.0]).view(4, 1, 1))
         picture = torch.full_like(layers[:, 0, :3], 0.12)
         for layer in layers.unbind(1):
-            opacity = torch.sigmoid(layer[:, 3:] - 2)
-            picture = (1 - opacity) * picture + opacity * torch.sigmoid(layer[:, :3])
+            picture = torch.lerp(picture, layer[:, :3], layer[:, 3:])
         return picture
 
     def fit(self, pairs: TextImagePairs, steps: int = 400, batch_size: int = 40, generator=None) -> "CaptionDecoder":
         """Learn to render right captions."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=4e-3)
+        optimizer = torch.optim.Adam(self.parameters(), lr=4e-3, fused=self.words.device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             rows = torch.randint(len(pairs.images), (batch_size,), generator=generator)

@@ -1,13 +1,16 @@
 """Prompt flows: a distribution over prompts instead of one, learned on some products and used on others.
 
-Public: `PromptFlow`, `PromptScorer`, `elbo`, `ensemble_map`, `ResidualCrossAttention`, `make_prompt_task`.
+Public: `PromptFlow`, `PromptScorer`, `elbo`, `fit_prompts`, `ensemble_map`, `ResidualCrossAttention`,
+`make_prompt_task`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from companion.checks import check_positive_int
@@ -19,6 +22,7 @@ __all__ = [
     "ResidualCrossAttention",
     "elbo",
     "ensemble_map",
+    "fit_prompts",
     "make_prompt_task",
 ]
 
@@ -224,6 +228,68 @@ def elbo(
         return log_likelihood
     kl = (log_q + 0.5 * z.square().sum(1) + 0.5 * z.shape[1] * math.log(2 * math.pi)).mean()
     return log_likelihood - kl_weight * kl
+
+
+class _Objective(nn.Module):
+    """Minus the evidence bound as a forward pass, which is what `torch.func` can call with other parameters."""
+
+    def __init__(self, scorer: PromptScorer, kl_weight: float):
+        super().__init__()
+        self.scorer, self.kl_weight = scorer, kl_weight
+
+    def forward(self, patches: Tensor, labels: Tensor) -> Tensor:
+        return -elbo(self.scorer, patches, labels, kl_weight=self.kl_weight)
+
+
+def fit_prompts(
+    tasks: Sequence[PromptTask],
+    seeds: Sequence[int],
+    layers: int | None = 4,
+    kl_weight: float = 1e-3,
+    steps: int = 300,
+    batch_size: int = 32,
+    lr: float = 1e-2,
+) -> list[PromptScorer]:
+    """Train one `PromptScorer` per task and seed by its evidence bound, all of them at once as one stacked model.
+
+    Args:
+        tasks: one per seed, all of the same shape.
+        seeds: of the prompts, and of the images that each step draws.
+        layers: as in `PromptScorer`.
+        kl_weight: beta of `elbo`.
+        steps: Adam steps.
+        batch_size: images per step.
+        lr: learning rate.
+
+    >>> task = make_prompt_task(5, torch.eye(4)[:2], torch.eye(4)[2:], generator=torch.Generator().manual_seed(0))
+    >>> [scorer.flow.mean.shape for scorer in fit_prompts([task, task], [0, 1], steps=2)]
+    [torch.Size([8]), torch.Size([8])]
+
+    Paper: qu2025bayesian
+    Chapter: anomaly/visual-references
+    """
+    device, n, dim = tasks[0].patches.device, len(tasks[0].patches), tasks[0].patches.shape[-1]
+    patches, labels = torch.stack([task.patches for task in tasks]), torch.stack([task.labels for task in tasks])
+    scorers = [PromptScorer(dim, layers=layers, seed=seed).to(device) for seed in seeds]
+    base = _Objective(scorers[0], kl_weight)
+    parameters, _ = stack_module_state([_Objective(scorer, kl_weight) for scorer in scorers])
+    learned = {name: p for name, p in parameters.items() if p.requires_grad}
+    losses = vmap(lambda p, x, y: functional_call(base, p, (x, y)), randomness="different")
+    optimizer = torch.optim.Adam(learned.values(), lr=lr, fused=device.type in ("cpu", "cuda"))
+    streams, rows_of = [torch.Generator().manual_seed(seed) for seed in seeds], torch.arange(len(seeds))[:, None]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seeds[0])
+        for _ in range(steps):
+            rows = torch.stack([torch.randint(n, (batch_size,), generator=g) for g in streams])
+            loss = losses(parameters, patches[rows_of, rows], labels[rows_of, rows]).sum()  # nothing is shared
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        for i, scorer in enumerate(scorers):
+            for name, p in scorer.named_parameters(prefix="scorer"):
+                p.copy_(parameters[name][i])
+    return scorers
 
 
 @torch.no_grad()

@@ -169,28 +169,44 @@ class ResADDetector(ImageDetector):
         Raises:
             ValueError: fewer than two products, or one with no image besides its references.
         """
-        if isinstance(images, Tensor) or len(images) < 2:
-            raise ValueError("expected a list of at least two products, each a batch of images")
+        where = pick_device(self.device)
+        products = [check_images(p, min_samples=self.references + 1).to(where) for p in _products(images)]
+        self.__dict__.pop("offset_", None)
+        self.image_shape_ = tuple(products[0].shape[1:])
+        self._fit_patches([self._patches(product) for product in products])
+        return self
+
+    def fit_patches(self, grid: Sequence[Any]) -> "ResADDetector":
+        """Train the head on patch vectors computed before, so that detectors can share one pass of the backbone.
+
+        Args:
+            grid: one grid (n, rows, columns, channels) per product, as `local_patch_features` gives them.
+        """
+        grids = [self._checked_grid(product) for product in _products(grid)]
+        for product in grids:
+            if len(product) <= self.references:
+                raise ValueError(f"expected at least {self.references + 1} images per product, got {len(product)}")
+        self.__dict__.pop("offset_", None)
+        self.__dict__.pop("image_shape_", None)
+        self.patch_shape_ = tuple(grids[0].shape[1:])
+        self._fit_patches(grids)
+        return self
+
+    def _fit_patches(self, grids: list[Tensor]) -> None:
         if self.score not in ("head", "norm"):
             raise ValueError(f"expected score to be 'head' or 'norm', got {self.score!r}")
         check_in_range(self.noise_std, "noise_std", 0.0)
-        where = pick_device(self.device)
-        products = [check_images(p, min_samples=self.references + 1).to(where) for p in images]
-        self.__dict__.pop("offset_", None)
-        self.__dict__.pop("pool_", None)
-        self.image_shape_ = tuple(products[0].shape[1:])
-        g = self._generator()
-        rows = []
-        for product in products:
-            self._reference(product[: self.references])
-            rows.append(self._rows(self._patches(product[self.references :]).flatten(0, 2)))
+        g, where, rows = self._generator(), grids[0].device, []
+        for grid in grids:
+            self._reference(grid[: self.references])
+            rows.append(self._rows(grid[self.references :].flatten(0, 2)))
         self.__dict__.pop("pool_", None)
         x = torch.cat(rows)
         self.mean_, self.std_ = x.mean(0), x.std(0).clamp(min=1e-6)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=g)))
             self.head_ = NoiseDiscriminator(x.shape[1]).to(x)
-        optimizer = torch.optim.Adam(self.head_.parameters(), lr=2e-3)
+        optimizer = torch.optim.Adam(self.head_.parameters(), lr=2e-3, fused=where.type in ("cpu", "cuda"))
         for _ in range(self.steps):
             real = (x[torch.randint(len(x), (256,), generator=g).to(where)] - self.mean_) / self.std_
             fake = real + self.noise_std * torch.randn(real.shape, generator=g).to(where)
@@ -198,7 +214,6 @@ class ResADDetector(ImageDetector):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return self
 
     def set_reference(self, images: Any) -> "ResADDetector":
         """Set the few normal images of the product that is scored next; nothing is trained.
@@ -206,14 +221,23 @@ class ResADDetector(ImageDetector):
         Args:
             images: at least two normal images, which must not be scored themselves.
         """
-        self._reference(self._checked(check_images(images, "reference images", min_samples=2)))
+        self._reference(self._patches(self._checked(check_images(images, "reference images", min_samples=2))))
         return self
 
-    def _reference(self, images: Tensor) -> None:
-        grid = self._patches(images)
+    def set_reference_patches(self, grid: Any) -> "ResADDetector":
+        """Set the references from patch vectors (n, rows, columns, channels) of at least two normal images."""
+        grid = self._checked_grid(grid)
+        if len(grid) < 2:
+            raise ValueError(f"expected at least 2 reference images, got {len(grid)}")
+        self._reference(grid)
+        return self
+
+    def _reference(self, grid: Tensor) -> None:
         self.pool_ = grid.flatten(0, 2)
         self.radius_ = 1.0
-        if self.hypersphere:  # each reference against the others: the usual length of a normal residual
+        if (
+            self.hypersphere and self.residual
+        ):  # each reference against the others: the usual length of a normal residual
             lengths = [
                 residual_features(grid[i].flatten(0, 1), grid[torch.arange(len(grid)) != i].flatten(0, 2)).norm(dim=1)
                 for i in range(len(grid))
@@ -231,3 +255,9 @@ class ResADDetector(ImageDetector):
         if self.score == "norm":
             return rows.norm(dim=1).view(grid.shape[:3])
         return -self.head_((rows - self.mean_) / self.std_).view(grid.shape[:3])
+
+
+def _products(products: Sequence[Any]) -> Sequence[Any]:
+    if isinstance(products, Tensor) or len(products) < 2:
+        raise ValueError("expected a list of at least two products, each a batch of its own")
+    return products

@@ -239,7 +239,7 @@ def train_segmenter(
     """
     g = torch.Generator().manual_seed(seed)
     net = SmallUNet(1, seed=seed).to(images.device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=images.device.type in ("cpu", "cuda"))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))  # warm-up: no dead nets
     for _ in range(steps):
         rows = torch.randint(len(images), (batch_size,), generator=g)
