@@ -162,6 +162,41 @@ class TestRareFeatures:
         assert float(mixed.lam) == 0.5
         assert mix_apart(x, torch.arange(8), 1, 0).lam.is_floating_point()
 
+    def test_many_models_mix_apart_as_one_would(self, generator):
+        x, y = torch.randn(3, 8, 2, 5, generator=generator), torch.arange(24).view(3, 8)
+        many = mix_apart(x, y, 0.6, 0.75, torch.Generator().manual_seed(4), dim=1)
+        assert many.lam.shape == (3,)
+        for i in range(3):
+            one = mix_apart(x[i], y[i], 0.6, 0.75, torch.Generator().manual_seed(4))
+            torch.testing.assert_close(many.x[i], one.x)
+            assert torch.equal(many.y_b[i], one.y_b)
+            assert float(many.lam[i]) == float(one.lam)
+        with pytest.raises(ValueError, match="dim 0, or 1"):
+            mix_apart(x, y, 0.6, 0.75, dim=2)
+
+    def test_mixing_apart_trains_many_models(self):
+        data = make_feature_noise(40, dim=30, generator=torch.Generator().manual_seed(0))
+
+        def transform(x, y, g):
+            mixed = mix_apart(x, y, 0.6, 0.6, g, dim=1)
+            return mixed.x, mixed
+
+        many = fit_many(
+            lambda: QuadraticPatchCNN(30),
+            [0, 1],
+            data.x.expand(2, -1, -1, -1),
+            data.y.expand(2, -1),
+            loss=mixup_loss,
+            batch_transform=transform,
+            epochs=40,
+            batch_size=None,
+            optimizer="sgd",
+            momentum=0,
+            lr=1.2,
+            stacked=True,
+        )
+        assert bool((many.accuracy(data.x, data.y, stacked=False) > 0.9).all())
+
     def test_early_stopping_stops(self, generator):
         x, y = torch.randn(6, 2, generator=generator), torch.arange(6)
         early = EarlyStoppedMixup(2)

@@ -118,7 +118,9 @@ class QuadraticPatchCNN(nn.Module):
         return ((self.filters @ directions.T) ** 2).sum(1)
 
 
-def mix_apart(x: Tensor, y: Tensor, lam_x: float, lam_y: float, generator: torch.Generator | None = None) -> Mixed:
+def mix_apart(
+    x: Tensor, y: Tensor, lam_x: float, lam_y: float, generator: torch.Generator | None = None, *, dim: int = 0
+) -> Mixed:
     r"""Mix inputs with one weight, $\lambda_x x + (1-\lambda_x)x'$, and labels with another, $\lambda_y$.
 
     If linearity between samples were why mixup works, this should not.
@@ -129,6 +131,12 @@ def mix_apart(x: Tensor, y: Tensor, lam_x: float, lam_y: float, generator: torch
         lam_x: share of the first input, in [0, 1].
         lam_y: share of its label.
         generator: draws the partners; None uses torch's default generator.
+        dim: where samples lie. With 1, x and y are the batches of many models, (m, n, ...), as `fit_many` hands them to
+            a batch transform: every model mixes its own samples, with partners at the same places, and there is one
+            label weight per model.
+
+    Raises:
+        ValueError: a share outside [0, 1], or a dim that is neither 0 nor 1.
 
     >>> mix_apart(torch.ones(2, 3), torch.tensor([0, 1]), 0.6, 0.9).lam
     tensor(0.9000)
@@ -138,10 +146,13 @@ def mix_apart(x: Tensor, y: Tensor, lam_x: float, lam_y: float, generator: torch
     """
     check_in_range(lam_x, "lam_x", low=0, high=1)
     check_in_range(lam_y, "lam_y", low=0, high=1)
+    if dim not in (0, 1):
+        raise ValueError(f"expected dim 0, or 1 for the stacked batches of many models, got {dim!r}")
     home = "cpu" if generator is None else generator.device
-    partner = torch.randperm(len(x), generator=generator, device=home).to(x.device)
-    mixed = x.index_select(0, partner).lerp_(x, lam_x)
-    return Mixed(mixed, y, y[partner.to(y.device)], torch.tensor(float(lam_y), device=x.device))
+    partner = torch.randperm(x.shape[dim], generator=generator, device=home).to(x.device)
+    mixed = x.index_select(dim, partner).lerp_(x, lam_x)
+    y_b = y.index_select(dim, partner.to(y.device))
+    return Mixed(mixed, y, y_b, torch.full(x.shape[:dim], float(lam_y), device=x.device))
 
 
 class EarlyStoppedMixup:
