@@ -1,7 +1,7 @@
 """What every public function asks of its input: shapes, kinds and values, with errors that say what came instead.
 
 Public: `as_tensor`, `check_features`, `check_probs`, `check_logits`, `check_labels`, `check_scores`, `check_binary`,
-`check_same_length`, `check_positive_int`, `check_in_range`, `check_generator`.
+`check_same_length`, `check_positive_int`, `check_in_range`, `check_generator`, `is_missing`.
 
 All accept what `torch.as_tensor` accepts (tensors, arrays, lists, data frames), keep device and dtype, and repair
 nothing: whole numbers become floats where a measurement is expected (float64 where torch's default float would round
@@ -29,6 +29,7 @@ __all__ = [
     "check_probs",
     "check_same_length",
     "check_scores",
+    "is_missing",
 ]
 
 # Rows of probabilities may miss one by this much: rounding of a softmax over a thousand classes stays below it.
@@ -460,3 +461,15 @@ def check_generator(
     if random_state < 0:
         raise ValueError(f"expected {name} to be a seed of at least 0, got {random_state}")
     return torch.Generator(device=device).manual_seed(int(random_state))
+
+
+def is_missing(value: Any) -> bool:
+    """Say whether a value is None, NaN of whatever type (it differs from itself), or pandas' NA (which cannot say).
+
+    >>> [is_missing(value) for value in (None, float("nan"), "nan", 0)]
+    [True, True, False, False]
+    """
+    try:
+        return value is None or bool(value != value)
+    except TypeError:
+        return True

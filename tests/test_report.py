@@ -391,6 +391,15 @@ def test_groups_from_a_data_frame_and_from_a_csv_file(tmp_path):
         assert list(read) == ["site", "age, years"]
 
 
+def test_missing_groups_are_named_whatever_stands_for_them():
+    pandas = pytest.importorskip("pandas")
+    for missing in (None, float("nan"), pandas.NA):
+        with pytest.raises(ValueError, match="'site', got missing"):
+            read_groups({"site": ["x", missing, "y"]}, 3)
+    with pytest.raises(ValueError, match="'site', got missing"):
+        read_groups({"site": pandas.Series(["x", None, "y"], dtype="string")}, 3)
+
+
 def test_classes_without_rows_and_a_single_class(files):
     _, h, y, z, weight, bias = files
     few = y < 3
@@ -469,6 +478,14 @@ def test_parts_of_a_model_keep_their_own_mode(small, tmp_path):
     extract(model, loader, tmp_path)
     assert model.training
     assert not model.conv.training
+
+
+def test_floats_of_a_loader_are_brought_to_the_precision_of_the_model(small, tmp_path):
+    model, loader, *_ = small
+    found = extract(model, [(x.double(), y) for x, y in loader], tmp_path / "double")
+    expected = extract(model, loader, tmp_path / "single")
+    first, second = (FeatureShards(f.features).rows(0, 330) for f in (found, expected))
+    assert torch.equal(first, second)
 
 
 def test_extraction_writes_shards(small, tmp_path, monkeypatch):
@@ -619,7 +636,10 @@ def test_table_text_and_figure(whole):
     from matplotlib import pyplot as plt
 
     before = plt.get_fignums()
+    plt.rcdefaults()
+    style = plt.rcParams.copy()
     figure = found.figure()
+    assert plt.rcParams == style, "the style of all other pictures changed"
     assert len(figure.axes) == 4
     plt.close(figure)
     assert plt.get_fignums() == before

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion.checks import as_tensor, check_labels
+from companion.checks import as_tensor, check_labels, is_missing
 from companion.data.files import FeatureShards, load_labels
 from companion.layers import read_layers
 
@@ -191,7 +191,7 @@ def _codes(column: Any, n: int, name: str) -> tuple[Tensor, list[str]]:
     values = column.tolist() if hasattr(column, "tolist") else list(column)
     if len(values) != n:
         raise ValueError(f"expected {n} values in the group column {name!r}, one per row, got {len(values)}")
-    if any(v is None or v != v for v in values):
+    if any(is_missing(v) for v in values):
         raise ValueError(f"expected a value in each row of the group column {name!r}, got missing ones")
     try:
         kinds = sorted(set(values))
@@ -224,7 +224,7 @@ def extract(
 
     Args:
         model: any module; meanwhile it is in eval mode and on the device.
-        loader: gives batches: inputs, or (inputs, labels, ...).
+        loader: gives batches: inputs, or (inputs, labels, ...). Floats are brought to the precision of the model.
         folder: where the files go.
         layer: whose output is taken, by its name in `model.named_modules()`. None: what the last `nn.Linear` reads.
             An output of more than two dimensions is averaged over all but the first two (images to channels).
@@ -251,6 +251,7 @@ def extract(
     folder, head, wanted = Path(folder), linear[-1:], [""] if layer is None else ["", layer]  # "" is the model itself
     same = bool(head)  # whether the features are what the head reads
     home = next((p.device for p in model.parameters()), None)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     writers = {"features": _Writer(folder / "features"), "logits": _Writer(folder / "logits")}
     labels: list[Tensor] = []
     try:
@@ -258,7 +259,8 @@ def extract(
         with torch.no_grad():
             for batch in progress(loader):
                 x, y = _unpacked(batch)
-                outputs, inputs = read_layers(model, x.to(device), outputs_of=wanted, inputs_of=head)
+                x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
+                outputs, inputs = read_layers(model, x, outputs_of=wanted, inputs_of=head)
                 z, read = outputs[""], inputs.get(head[0]) if head else None
                 h = _matrix(read if layer is None else outputs.get(layer), layer)
                 same = same and isinstance(read, Tensor) and h.shape == read.shape and torch.equal(h, read)

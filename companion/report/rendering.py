@@ -150,8 +150,16 @@ COLORS = {"ok": "#00855f", "watch": "#b06d00", "alarm": "#c8500a", "note": "#6b7
 
 def figure(found: "Checkup") -> Any:
     """Return one page of pictures: verdicts, spectrum, reliability, accuracy by class."""
-    from companion import figures
+    import matplotlib
 
+    with matplotlib.rc_context():  # the import sets the style of the book; here it must not last
+        from companion import figures
+    with matplotlib.rc_context():
+        figures.use_style()
+        return _page(found, figures)
+
+
+def _page(found: "Checkup", figures: Any) -> Any:
     rows = len(found.findings)
     height = 3.2 + 0.27 * rows
     panels = ["spectrum"] + [name for name in ("bins", "seen") if name in found.curves]

@@ -107,6 +107,20 @@ class TestNeuralCollapse:
         for name, value in neural_collapse(rounded, labels).items():
             assert float(value) == pytest.approx(float(exact[name]), rel=1e-4), name
 
+    def test_one_strong_direction_does_not_round_the_others(self, device):
+        features, labels, weight = cloud(n=2000, d=20, dtype=torch.float32)
+        features += 3 * labels[:, None] * torch.arange(20)
+        exact = by_the_book(features, labels, weight)
+        for name, value in neural_collapse(features.to(device), labels.to(device), weight.to(device)).items():
+            assert float(value) == pytest.approx(float(exact[name]), rel=1e-4), name
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_measured_in_float32(self, dtype):
+        features, labels, weight = (v.to(dtype) if v.is_floating_point() else v for v in cloud(n=20_000))
+        exact = neural_collapse(features.float(), labels, weight.float())
+        for name, value in neural_collapse(features, labels, weight).items():
+            assert float(value) == pytest.approx(float(exact[name]), rel=1e-5), name
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -351,6 +365,12 @@ class TestHessian:
         assert all(torch.equal(before[k], v) for k, v in self.model.state_dict().items())
         assert all(p.grad is None for p in self.model.parameters())
 
+    def test_gradients_are_its_own_business(self):
+        expected = hessian_spectrum(self.model, (self.x, self.y), n_probes=1, n_steps=3, generator=0)
+        with torch.no_grad():
+            found = hessian_spectrum(self.model, (self.x, self.y), n_probes=1, n_steps=3, generator=0)
+        assert torch.equal(found.nodes, expected.nodes)
+
     def test_counting_and_interpolating(self):
         assert count_outliers([5.0, 4.0, 0.1, 0.09]) == 2
         other = MLP((3, 4, 3), activation="tanh", seed=1).double()
@@ -405,8 +425,29 @@ class TestLanguage:
         for name in expected:
             assert float(got[name]) == pytest.approx(float(expected[name])), name
 
+    def test_nearest_means_far_from_the_origin(self):
+        features, labels, _ = cloud(spread=0.3)
+        far = (features + 1e5).float()
+        means = torch.stack([features[labels == c].mean(0) for c in range(5)])
+        nearest = torch.cdist(far.double(), means + 1e5).argmin(1)
+        for c in range(5):  # a head that always says c agrees with the nearest mean as often as c is nearest
+            constant = torch.zeros(5).index_fill(0, torch.tensor([c]), 1.0)
+            got = linguistic_collapse(far, labels, torch.zeros(5, 12), constant)["agreement"]
+            assert float(got) == pytest.approx(float((nearest == c).double().mean()), abs=0.01)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_measured_in_float32(self, dtype):
+        features, labels, weight = (v.to(dtype) if v.is_floating_point() else v for v in cloud())
+        exact = linguistic_collapse(features.float(), labels, weight.float())
+        for name, value in linguistic_collapse(features, labels, weight).items():
+            assert float(value) == pytest.approx(float(exact[name]), rel=1e-5), name
+
     def test_bad_input(self):
         features, labels, weight = cloud(n=50)
+        with pytest.raises(ValueError, match="as wide as features"):
+            linguistic_collapse(features, labels, weight[:, :3], min_count=5)
+        with pytest.raises(ValueError, match="bias"):
+            linguistic_collapse(features, labels, weight, torch.zeros(3), min_count=5)
         with pytest.raises(ValueError, match="at least two classes"):
             linguistic_collapse(features, labels, weight, min_count=40)
         with pytest.raises(ValueError, match="variances"):

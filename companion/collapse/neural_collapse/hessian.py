@@ -143,6 +143,7 @@ class HessianSpectrum(NamedTuple):
         return (self.weights * (self.nodes.abs() <= bound)).sum(1).mean()
 
 
+@torch.enable_grad()
 def hessian_spectrum(
     model: nn.Module,
     data: Any,
@@ -150,7 +151,7 @@ def hessian_spectrum(
     loss: Loss = F.cross_entropy,
     n_probes: int = 4,
     n_steps: int = 60,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> HessianSpectrum:
     r"""Estimate the spectrum of a loss Hessian that is too large to write down, by stochastic Lanczos quadrature.
 
@@ -166,7 +167,7 @@ def hessian_spectrum(
         loss: `loss(outputs, targets)`, a mean over the samples of a batch.
         n_probes: random vectors; they are independent estimates.
         n_steps: Lanczos steps per probe; the outermost eigenvalues converge first. Cut to p.
-        generator: of the random vectors; None uses torch's default generator.
+        generator: of the random vectors; a seed will do, None uses torch's default generator.
 
     Returns:
         A `HessianSpectrum`, computed in float64 where the device has it.

@@ -18,7 +18,7 @@ from companion.checks import (
     check_positive_int,
 )
 from companion.collapse.neural_collapse.measures import each_pair
-from companion.geometry import class_means, pairwise_cosine
+from companion.geometry import class_means, pairwise_cosine, single
 
 __all__ = [
     "ContextModel",
@@ -198,7 +198,7 @@ def linguistic_collapse(
     """Measure collapse where classes are many, unequal and ambiguous, as the next words of a text are.
 
     Classes with too few samples are left out of the geometry, because the mean of a handful says nothing; how many were
-    kept is reported.
+    kept is reported. Half precision is measured in float32.
 
     Args:
         features: (n, d).
@@ -223,6 +223,8 @@ def linguistic_collapse(
     Chapter: collapse/neural-collapse
     """
     features, weight = check_features(features, "features"), check_features(weight, "weight")
+    if features.shape[1] != weight.shape[1]:
+        raise ValueError(f"expected weight (V, {features.shape[1]}), as wide as features, got {tuple(weight.shape)}")
     labels = check_labels(labels, len(features), len(weight)).to(features.device)
     kept = (torch.bincount(labels, minlength=len(weight)) >= check_positive_int(min_count, "min_count")).nonzero()[:, 0]
     if len(kept) < 2:
@@ -230,15 +232,21 @@ def linguistic_collapse(
     place = torch.full((len(weight),), -1, device=features.device)
     place[kept] = torch.arange(len(kept), device=features.device)
     rows = place[labels] >= 0
-    h, y, w = features[rows], place[labels[rows]], weight[kept].to(features)
+    h, y = single(features[rows]), place[labels[rows]]
+    w = weight.to(h)[kept]
 
     means, counts = class_means(h, y, len(kept))
     means = means.to(h)
     squared = torch.zeros_like(counts, dtype=h.dtype).index_add_(0, y, ((h - means[y]) ** 2).sum(1))
     centred = means - means.mean(0)
     norms = centred.norm(dim=1)
-    logits = h @ w.T if bias is None else h @ w.T + as_tensor(bias, "bias").to(h)[kept]
-    nearest = (h @ means.T - (means**2).sum(1) / 2).argmax(1)
+    logits = h @ w.T
+    if bias is not None:
+        bias = as_tensor(bias, "bias").to(h)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"expected bias ({len(weight)},), got {tuple(bias.shape)}")
+        logits = logits + bias[kept]
+    nearest = ((h - means.mean(0)) @ centred.T - norms**2 / 2).argmax(1)  # far from the origin products are rounded
     return {
         "cdnv": cdnv(means, squared / counts),
         "uniformity": hyperspherical_uniformity(means),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from companion.checks import as_tensor, check_features, check_labels, check_logits, check_positive_int
-from companion.geometry import pairwise_cosine
+from companion.geometry import pairwise_cosine, single
 from companion.statistics import ClassMoments
 
 __all__ = ["NearestMeanDisagreement", "NeuralCollapse", "neural_collapse"]
@@ -33,7 +33,8 @@ def neural_collapse(features: Any, labels: Any, weight: Any = None, bias: Any = 
     - `nc4`: the share of samples that the classifier and the nearest class mean put into different classes.
 
     $\Sigma_W$ averages over samples, $\Sigma_B = \frac1C M^\top M$ over classes: both are the usual ones when classes
-    have equal counts. The pseudo-inverse goes through the C x C Gram matrix of M, never through d x d.
+    have equal counts. The pseudo-inverse goes through the C x C Gram matrix of M, never through d x d. Half precision
+    is measured in float32.
 
     Args:
         features: h, (n, d): what the last layer reads.
@@ -67,21 +68,25 @@ def neural_collapse(features: Any, labels: Any, weight: Any = None, bias: Any = 
 
     wide = means.dtype
     centred = means - means.mean(0)  # (C, d)
-    own, directions = means.to(features.dtype), centred.to(features.dtype).T.contiguous()
-    drift = (means - own.to(wide)) @ centred.T  # what rounding the means to the features' dtype leaves, (C, C)
+    values, axes = _axes(centred)  # (k,), (d, k)
+    dtype = single(features[:0]).dtype
+    own, narrow = means.to(dtype), axes.to(dtype)
+    drift = means - own.to(wide)  # what rounding the means leaves, (C, d)
     gram = centred @ centred.T  # (C, C)
     # |h - mu_c|^2 = const - 2 <h - mu_y, mu_c - mu> - 2 <mu_y - mu, mu_c - mu> + |mu_c - mu|^2
-    between = (gram - gram.diagonal() / 2 - drift).to(features.dtype)
-    scatter = torch.zeros_like(gram)  # of the residuals, seen along the class means: M Sigma_W M^T
+    between = (gram - gram.diagonal() / 2 - drift @ centred.T).to(dtype)
+    onto_means = (axes.T @ centred.T).to(dtype)  # (k, C)
+    squares = torch.zeros_like(values)
     differ = torch.zeros((), dtype=torch.int64, device=features.device)
     for h, y in zip(features.split(CHUNK), labels.split(CHUNK)):
-        along = (h - own[y]) @ directions  # (m, C)
-        scatter += (along.T @ along).to(wide)
+        h = single(h)
+        along = (h - own[y]) @ narrow  # (m, k)
+        squares += along.square().sum(0).to(wide)
         if weight is not None:
-            nearest = (along + between[y]).argmax(1)
+            nearest = (along @ onto_means + between[y]).argmax(1)
             differ += (_logits(h, weight, bias).argmax(1) != nearest).sum()
-    scatter -= drift.T @ (counts.to(wide)[:, None] * drift)
-    measures = _geometry(centred, scatter / len(features), weight)
+    squares -= (counts.to(wide)[:, None] * (drift @ axes).square()).sum(0)
+    measures = _geometry(centred, squares / len(features) / values, weight)
     if weight is not None:
         measures["nc4"] = differ.to(wide) / len(features)
     return measures
@@ -113,18 +118,24 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return z if bias is None else z + bias.to(h.dtype)
 
 
-def _geometry(centred: Tensor, scatter: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
-    """Return nc1 to nc3 from the centred class means M (C, d) and M Sigma_W M^T (C, C)."""
-    n_classes = len(centred)
+def _axes(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Return S^2 (k,) and V (d, k) of the centred class means M = U S V^T, so that Sigma_B^+ = C V S^-2 V^T.
+
+    The spread within classes is measured along each axis by itself: one strong direction does not round the others.
+    """
     values, vectors = torch.linalg.eigh(centred @ centred.T)  # M M^T = U S^2 U^T
     keep = values > values[-1] * max(centred.shape) * torch.finfo(values.dtype).eps * 10
     if not bool(keep.any()) or float(values[-1]) == 0:
         raise ValueError("expected class means that differ, got the same mean for every class")
-    # Sigma_B^+ = C V S^-2 V^T with V = M^T U / S
-    within = ((vectors.T @ scatter) * vectors.T).sum(1)
+    return values[keep], centred.T @ vectors[:, keep] / values[keep].sqrt()
+
+
+def _geometry(centred: Tensor, ratios: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+    """Return nc1 to nc3 from the centred class means (C, d) and, along each of their axes, v^T Sigma_W v / s^2."""
+    n_classes = len(centred)
     norms = centred.norm(dim=1)
     measures = {
-        "nc1": (within[keep] / values[keep] ** 2).sum(),
+        "nc1": ratios.sum(),
         "nc2_norms": norms.std(correction=0) / norms.mean(),
     }
     if bool((norms == 0).any()):
@@ -191,7 +202,8 @@ class NeuralCollapse(ClassMoments):
         _check_counts(counts)
         weight, _ = _check_head(self._head[0], None, means)
         centred = means - means.mean(0)
-        return _geometry(centred, centred @ within @ centred.T, weight)
+        values, axes = _axes(centred)
+        return _geometry(centred, ((within @ axes) * axes).sum(0) / values, weight)
 
 
 class NearestMeanDisagreement(Metric):

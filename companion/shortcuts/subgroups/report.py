@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from companion.checks import check_generator, check_in_range, check_positive_int
+from companion.checks import check_generator, check_in_range, check_positive_int, is_missing
 from companion.shortcuts.subgroups.intervals import benjamini_hochberg, wilson_interval
 
 __all__ = ["AttributeSummary", "GroupRow", "SubgroupReport", "subgroup_report"]
@@ -158,15 +158,7 @@ def _column(values: Any, name: str) -> list[Any]:
         raise TypeError(
             f"expected hashable values in {name}, got a {next(type(v).__name__ for v in plain if v.__hash__ is None)}"
         )
-    return [None if _is_missing(v) else v for v in plain]
-
-
-def _is_missing(value: Any) -> bool:
-    """Say whether a value is None, NaN of whatever type (it differs from itself), or pandas' NA (which cannot say)."""
-    try:
-        return value is None or bool(value != value)
-    except TypeError:
-        return True
+    return [None if is_missing(v) else v for v in plain]
 
 
 def _read(table: Any) -> dict[str, Any]:
