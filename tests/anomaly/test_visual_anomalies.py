@@ -73,6 +73,13 @@ class TestContract:
         assert clone(detector).get_params() == detector.get_params()
         assert detector.set_params(batch_size=3).batch_size == 3
 
+    def test_gradients_are_its_own_business(self, detector, plates):
+        normal, odd = plates[0].clone().requires_grad_(), plates[1]
+        with torch.no_grad():
+            within = clone(detector).fit(normal).score_samples(odd)
+        torch.testing.assert_close(within, detector.fit(normal).score_samples(odd))
+        assert normal.grad is None
+
     def test_scores_and_maps_point_the_same_way(self, detector, plates):
         normal, odd = plates
         detector.fit(normal[:12])
@@ -482,6 +489,12 @@ class TestCorrelation:
         weights = torch.exp(-(torch.cdist(x, r) ** 2) / (2 * log_sigma.exp() ** 2))
         torch.testing.assert_close(rbf_target(x, r, log_sigma), weights / weights.sum(1, keepdim=True))
 
+    def test_target_far_from_the_origin(self):
+        x = torch.rand(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        far = (x + 1e4).float()
+        expected = rbf_target(far.double(), far.double(), torch.zeros(5, 1, dtype=torch.float64))
+        torch.testing.assert_close(rbf_target(far, far, torch.zeros(5, 1)).double(), expected, rtol=1e-4, atol=1e-5)
+
     def test_wide_and_narrow_limits(self):
         x = torch.rand(6, 3, generator=torch.Generator().manual_seed(0))
         wide = rbf_target(x, x, torch.full((6, 1), 10.0))
@@ -542,7 +555,8 @@ class TestParts:
     def test_coarse_to_fine_runs_without_a_guide(self):
         parts = make_parts(6, generator=torch.Generator().manual_seed(0)).images
         coarse = PatchMemory(coreset=50, random_state=0).fit(parts)
-        fine = CoarseToFine(coarse, guide_scale=0, steps=2, random_state=0).fit(parts)
+        with torch.no_grad():
+            fine = CoarseToFine(coarse, guide_scale=0, steps=2, random_state=0).fit(parts.clone().requires_grad_())
         assert fine.net_.first[0].in_channels == 1
         torch.testing.assert_close(fine.score_samples(parts), -fine.anomaly_map(parts).amax((1, 2)))
 

@@ -100,6 +100,16 @@ class TestResiduals:
         with pytest.raises(ValueError, match="score"):
             ResADDetector(score="other").fit(products)
 
+    def test_gradients_are_its_own_business(self, generator):
+        products = [torch.rand(5, 1, 32, 32, generator=generator, requires_grad=True) for _ in range(2)]
+        with torch.no_grad():
+            within = ResADDetector(steps=3, random_state=0).fit(products)
+        beside = ResADDetector(steps=3, random_state=0).fit(products)
+        few, new = products[0][:3].detach(), products[1].detach()
+        scores = [detector.set_reference(few).score_samples(new) for detector in (within, beside)]
+        assert torch.equal(*scores)
+        assert not any(p.grad is not None for p in products)
+
     def test_grids_computed_before_give_the_same_scores(self, generator):
         products = [torch.rand(5, 1, 32, 32, generator=generator) * scale for scale in (0.3, 0.9)]
         few, new = (torch.rand(n, 1, 32, 32, generator=generator) for n in (3, 4))
@@ -162,6 +172,8 @@ class TestModalities:
     @pytest.mark.parametrize("which", ["memory", "first", "second", "joined"])
     def test_memories_score(self, which):
         pairs = make_height_pairs(6, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            TwoModalMemory(steps=1, which=which).fit(pairs.intensity.clone().requires_grad_(), pairs.height)
         memory = clone(TwoModalMemory(steps=2, compactness=0.1, which=which, random_state=0))
         with pytest.raises(NotFittedError):
             memory.score_samples(pairs.intensity, pairs.height)

@@ -291,7 +291,7 @@ class TestChannels:
             with pytest.raises(ValueError, match="different classes"):
                 channel_projection(torch.ones(1, 2), self.WEIGHT, *pair)
         with pytest.raises(ValueError, match="strictly between"):
-            channel_curve([0.0], 3, 1e-2)
+            channel_curve(torch.zeros(1, requires_grad=True), 3, 1e-2)
         with pytest.raises(ValueError, match="n_classes"):
             channel_curve([0.5], 2, 1e-2)
 

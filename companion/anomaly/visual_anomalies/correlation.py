@@ -35,7 +35,8 @@ def rbf_target(x: Tensor, reference: Tensor, log_sigma: Tensor, mask_self: bool 
     Paper: yao2023focus
     Chapter: anomaly/visual-anomalies
     """
-    logits = -torch.cdist(x, reference).square() / (2 * (2 * log_sigma).exp())
+    centre = reference.mean(-2, keepdim=True)  # far from the origin products are rounded
+    logits = -torch.cdist(x - centre, reference - centre).square() / (2 * (2 * log_sigma).exp())
     return _softmax(logits, mask_self)
 
 

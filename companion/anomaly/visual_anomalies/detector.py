@@ -53,6 +53,7 @@ class ImageDetector(BaseEstimator):
     Chapter: anomaly/visual-anomalies
     """
 
+    @torch.enable_grad()
     def fit(self, images: Any, y: Any = None) -> "ImageDetector":
         """Learn what normal looks like.
 
@@ -66,7 +67,7 @@ class ImageDetector(BaseEstimator):
         Raises:
             ValueError: not images, or fewer than two.
         """
-        tensor = check_images(images, min_samples=2).float().to(pick_device(self.device))
+        tensor = check_images(images, min_samples=2).detach().float().to(pick_device(self.device))
         self.__dict__.pop("offset_", None)
         self.image_shape_ = tuple(tensor.shape[1:])
         self._fit(tensor)
@@ -82,6 +83,7 @@ class ImageDetector(BaseEstimator):
         tensor = self._checked(images)
         return self._like(torch.cat([-self._map(b).amax((1, 2)) for b in tensor.split(self.batch_size)]), images)
 
+    @torch.enable_grad()
     def fit_patches(self, grid: Any) -> "ImageDetector":
         """Learn from patch vectors computed before, so that many detectors can share one pass of the backbone.
 
@@ -94,7 +96,7 @@ class ImageDetector(BaseEstimator):
         Raises:
             ValueError: not such a grid, or a detector that reads images.
         """
-        grid = self._checked_grid(grid)
+        grid = self._checked_grid(grid).detach()
         self.__dict__.pop("offset_", None)
         self.__dict__.pop("image_shape_", None)
         self.patch_shape_ = tuple(grid.shape[1:])

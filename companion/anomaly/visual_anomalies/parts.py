@@ -260,8 +260,10 @@ class CoarseToFine:
         self.width = width
         self.random_state = random_state
 
+    @torch.enable_grad()
     def fit(self, images: Tensor, y=None) -> "CoarseToFine":
         """Train the fine stage on normal images with defects pasted into them."""
+        images = images.detach()
         g = None if self.random_state is None else torch.Generator().manual_seed(self.random_state)
         damaged, masks = irregular_defects(images.repeat(2, 1, 1, 1), generator=g)
         if self.guide_scale != 0:

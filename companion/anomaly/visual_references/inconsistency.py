@@ -155,6 +155,7 @@ class CaptionDecoder(nn.Module):
             picture = torch.lerp(picture, layer[:, :3], layer[:, 3:])
         return picture
 
+    @torch.enable_grad()
     def fit(self, pairs: TextImagePairs, steps: int = 400, batch_size: int = 40, generator=None) -> "CaptionDecoder":
         """Learn to render right captions."""
         optimizer = torch.optim.Adam(self.parameters(), lr=4e-3, fused=self.words.device.type in ("cpu", "cuda"))
@@ -169,6 +170,7 @@ class CaptionDecoder(nn.Module):
         return self
 
 
+@torch.enable_grad()
 def align_embedding(
     images: Tensor, decoder: CaptionDecoder, init: Tensor, steps: int = 60, lr: float = 0.08, stay: float = 0.05
 ) -> Tensor:

@@ -223,12 +223,13 @@ class TwoModalMemory(BaseEstimator):
             raise ValueError(f"expected one patch grid for both modalities, got {a.shape[:3]} and {b.shape[:3]}")
         return a, b
 
+    @torch.enable_grad()
     def fit(self, first: Any, second: Any) -> "TwoModalMemory":
         """Train the adaptors and fill the memories with aligned normal maps of both modalities."""
         if self.which not in ("misalignment", "memory", "first", "second", "joined"):
             raise ValueError(f"expected which to be a kind of map, got {self.which!r}")
         g = None if self.random_state is None else torch.Generator().manual_seed(int(self.random_state))
-        grids = self._grids(first, second)
+        grids = [grid.detach() for grid in self._grids(first, second)]
         self.mean_ = [x.mean((0, 1, 2)) for x in grids]
         self.std_ = [x.std((0, 1, 2)).clamp(min=1e-6) for x in grids]
         a, b = ((x.flatten(0, 2) - m) / s for x, m, s in zip(grids, self.mean_, self.std_, strict=True))

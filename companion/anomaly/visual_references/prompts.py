@@ -241,6 +241,7 @@ class _Objective(nn.Module):
         return -elbo(self.scorer, patches, labels, kl_weight=self.kl_weight)
 
 
+@torch.enable_grad()
 def fit_prompts(
     tasks: Sequence[PromptTask],
     seeds: Sequence[int],

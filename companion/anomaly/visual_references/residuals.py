@@ -159,6 +159,7 @@ class ResADDetector(ImageDetector):
         self.device = device
         self.random_state = random_state
 
+    @torch.enable_grad()
     def fit(self, images: Sequence[Any], y: Any = None) -> "ResADDetector":
         """Train the head on source products.
 
@@ -170,19 +171,20 @@ class ResADDetector(ImageDetector):
             ValueError: fewer than two products, or one with no image besides its references.
         """
         where = pick_device(self.device)
-        products = [check_images(p, min_samples=self.references + 1).to(where) for p in _products(images)]
+        products = [check_images(p, min_samples=self.references + 1).detach().to(where) for p in _products(images)]
         self.__dict__.pop("offset_", None)
         self.image_shape_ = tuple(products[0].shape[1:])
         self._fit_patches([self._patches(product) for product in products])
         return self
 
+    @torch.enable_grad()
     def fit_patches(self, grid: Sequence[Any]) -> "ResADDetector":
         """Train the head on patch vectors computed before, so that detectors can share one pass of the backbone.
 
         Args:
             grid: one grid (n, rows, columns, channels) per product, as `local_patch_features` gives them.
         """
-        grids = [self._checked_grid(product) for product in _products(grid)]
+        grids = [self._checked_grid(product).detach() for product in _products(grid)]
         for product in grids:
             if len(product) <= self.references:
                 raise ValueError(f"expected at least {self.references + 1} images per product, got {len(product)}")

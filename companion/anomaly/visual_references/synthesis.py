@@ -217,6 +217,7 @@ def decoupled_alignment_loss(attention: Tensor, mask: Tensor) -> Tensor:
     return (attention[:, 1:].mean(1) - mask).square().mean() + (attention[:, 0] * mask).square().mean()
 
 
+@torch.enable_grad()
 def train_segmenter(
     images: Tensor, masks: Tensor, steps: int = 300, batch_size: int = 16, lr: float = 1e-2, seed: int = 0
 ) -> SmallUNet:

@@ -118,7 +118,7 @@ def channel_curve(lam: Any, n_classes: int, weight_decay: float) -> Tensor:
     Paper: fisher2024pushing
     Chapter: mixup/mixup-geometry
     """
-    lam = as_tensor(lam, "lam").double().flatten()
+    lam = as_tensor(lam, "lam").detach().double().flatten()
     if len(lam) == 0 or not bool(((lam > 0) & (lam < 1)).all()):
         raise ValueError("expected lam strictly between 0 and 1: the curve has no ends")
     n = check_positive_int(n_classes, "n_classes", minimum=3)
