@@ -1,6 +1,7 @@
 """The layers of a model that is frozen or somebody else's: what they read and what they return, in one pass.
 
-Public: `read_layers`. The networks of `companion.nets` have their own `activations`; this one reads any `nn.Module`.
+Public: `read_layers`, `precision`. The networks of `companion.nets` have their own `activations`; these read any
+`nn.Module`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["read_layers"]
+__all__ = ["precision", "read_layers"]
+
+
+def precision(model: nn.Module, default: torch.dtype | None = None) -> torch.dtype | None:
+    """Return the dtype of a model's first floating parameter, in which it wants its input; the default without one.
+
+    >>> precision(nn.Linear(2, 1).half()), precision(nn.ReLU())
+    (torch.float16, None)
+    """
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
 
 
 def read_layers(

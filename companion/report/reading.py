@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from companion.checks import as_tensor, check_labels, is_missing
 from companion.data.files import FeatureShards, load_labels
-from companion.layers import read_layers
+from companion.layers import precision, read_layers
 
 __all__ = ["Extracted", "Rows", "extract", "read_groups", "read_labels", "read_rows"]
 
@@ -251,7 +251,7 @@ def extract(
     folder, head, wanted = Path(folder), linear[-1:], [""] if layer is None else ["", layer]  # "" is the model itself
     same = bool(head)  # whether the features are what the head reads
     home = next((p.device for p in model.parameters()), None)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    dtype = precision(model)
     writers = {"features": _Writer(folder / "features"), "logits": _Writer(folder / "logits")}
     labels: list[Tensor] = []
     try:

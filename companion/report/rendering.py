@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from companion._style import lent_style
 from companion.report.findings import Finding
 from companion.show import number
 
@@ -150,12 +151,7 @@ COLORS = {"ok": "#00855f", "watch": "#b06d00", "alarm": "#c8500a", "note": "#6b7
 
 def figure(found: "Checkup") -> Any:
     """Return one page of pictures: verdicts, spectrum, reliability, accuracy by class."""
-    import matplotlib
-
-    with matplotlib.rc_context():  # the import sets the style of the book; here it must not last
-        from companion import figures
-    with matplotlib.rc_context():
-        figures.use_style()
+    with lent_style() as figures:
         return _page(found, figures)
 
 

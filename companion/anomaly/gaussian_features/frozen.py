@@ -25,7 +25,7 @@ from companion.checks import (
     check_positive_int,
 )
 from companion.geometry import single
-from companion.layers import read_layers
+from companion.layers import precision, read_layers
 from companion.neighbors import knn
 from companion.runtime import device as pick_device
 
@@ -110,7 +110,7 @@ class FrozenFeatures(TransformerMixin, BaseEstimator):
         if isinstance(self.model, str):
             return load_backbone(self.model, layers).to(where)
         model, names = self.model.to(where), layers or [""]
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = precision(model, torch.float32)
 
         def read(images: Tensor) -> list[Tensor]:
             outputs, _ = read_layers(model, images.to(dtype), outputs_of=names)

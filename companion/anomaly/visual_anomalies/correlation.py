@@ -12,6 +12,7 @@ from companion.anomaly.visual_anomalies.detector import ImageDetector
 from companion.anomaly.visual_anomalies.memory import k_center
 from companion.checks import check_in_range, check_positive_int
 from companion.neighbors import knn
+from companion.runtime import has_fused
 
 __all__ = ["FODDetector", "I2Correlation", "attention_entropy", "correlation_loss", "rbf_target"]
 
@@ -206,7 +207,7 @@ class FODDetector(ImageDetector):
         return torch.nn.functional.adaptive_avg_pool2d(x, self.grid).flatten(2).transpose(1, 2)
 
     def _train(self, x: Tensor, g: torch.Generator | None) -> None:
-        optimizer = torch.optim.Adam(self.layer_.parameters(), lr=3e-3, fused=x.device.type in ("cpu", "cuda"))
+        optimizer = torch.optim.Adam(self.layer_.parameters(), lr=3e-3, fused=has_fused(x.device))
         self.entropy_ = []
         for step in range(self.steps):
             batch = x[torch.randint(len(x), (16,), generator=g).to(x.device)]

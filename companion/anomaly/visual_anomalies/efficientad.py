@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from companion.anomaly.visual_anomalies.detector import ImageDetector
 from companion.checks import check_in_range, check_positive_int
+from companion.runtime import has_fused
 
 __all__ = [
     "LOGIC_KINDS",
@@ -271,7 +272,7 @@ class EfficientADDetector(ImageDetector):
 
     def _train(self, images: Tensor, target: Tensor, g: torch.Generator | None) -> None:
         parameters = [*self.student_.parameters(), *self.autoencoder_.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=images.device.type in ("cpu", "cuda"))
+        optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=has_fused(images.device))
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, 2 * self.steps // 3), 0.1)
         self.loss_ = []
         for _ in range(self.steps):

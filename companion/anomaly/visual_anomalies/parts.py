@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from companion.checks import check_in_range, check_positive_int
+from companion.runtime import has_fused
 
 __all__ = ["CoarseToFine", "Parts", "SizeStratifiedRecall", "SmallUNet", "irregular_defects", "make_parts"]
 
@@ -273,7 +274,7 @@ class CoarseToFine:
         sizes = masks.sum((1, 2), keepdim=True).clamp(min=1)
         weight = 1 + masks * 60 / sizes  # a small defect counts as much as a large one
         self.net_ = SmallUNet(x.shape[1], self.width, seed=int(torch.randint(2**31, (), generator=g))).to(x.device)
-        optimizer = torch.optim.Adam(self.net_.parameters(), lr=1e-2, fused=x.device.type in ("cpu", "cuda"))
+        optimizer = torch.optim.Adam(self.net_.parameters(), lr=1e-2, fused=has_fused(x.device))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=max(2, self.steps))
         half = x.shape[-1] // 2
         for _ in range(self.steps):

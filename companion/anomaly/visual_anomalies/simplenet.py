@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from companion.anomaly.visual_anomalies.detector import ImageDetector
 from companion.checks import check_in_range, check_positive_int
+from companion.runtime import has_fused
 
 __all__ = ["FeatureAdaptor", "NoiseDiscriminator", "SimpleNetDetector", "truncated_l1_loss"]
 
@@ -74,9 +75,8 @@ class _Members(nn.Module):
     def __init__(self, pairs: list[tuple[FeatureAdaptor, NoiseDiscriminator]]):
         super().__init__()
         adaptors, first, last = [a for a, _ in pairs], [d[0] for _, d in pairs], [d[2] for _, d in pairs]
-        self.adaptors = nn.ParameterList(
-            [self._weights(adaptors), self._biases(adaptors)]
-        )  # (m, dim, dim), (m, 1, dim)
+        # (m, dim, dim), (m, 1, dim)
+        self.adaptors = nn.ParameterList([self._weights(adaptors), self._biases(adaptors)])
         self.discriminators = nn.ParameterList([self._weights(first), self._biases(first), self._weights(last)])
 
     @staticmethod
@@ -195,8 +195,7 @@ class SimpleNetDetector(ImageDetector):
             {"params": self.members_.adaptors, "lr": self.lr},
             {"params": self.members_.discriminators, "lr": 10 * self.lr},
         ]
-        fused = normal.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.Adam(groups, weight_decay=1e-5, fused=fused)
+        optimizer = torch.optim.Adam(groups, weight_decay=1e-5, fused=has_fused(normal.device))
         weights = list(self.members_.parameters())
         sums, first = [torch.zeros_like(w) for w in weights], self.steps - round(self.average * self.steps)
         self.loss_ = []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from companion.checks import check_positive_int
+from companion.runtime import has_fused
 
 __all__ = [
     "WORDS",
@@ -158,7 +159,7 @@ class CaptionDecoder(nn.Module):
     @torch.enable_grad()
     def fit(self, pairs: TextImagePairs, steps: int = 400, batch_size: int = 40, generator=None) -> "CaptionDecoder":
         """Learn to render right captions."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=4e-3, fused=self.words.device.type in ("cpu", "cuda"))
+        optimizer = torch.optim.Adam(self.parameters(), lr=4e-3, fused=has_fused(self.words.device))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             rows = torch.randint(len(pairs.images), (batch_size,), generator=generator)

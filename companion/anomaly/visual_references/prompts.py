@@ -14,6 +14,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from companion.checks import check_positive_int
+from companion.runtime import has_fused
 
 __all__ = [
     "PromptFlow",
@@ -276,7 +277,7 @@ def fit_prompts(
     parameters, _ = stack_module_state([_Objective(scorer, kl_weight) for scorer in scorers])
     learned = {name: p for name, p in parameters.items() if p.requires_grad}
     losses = vmap(lambda p, x, y: functional_call(base, p, (x, y)), randomness="different")
-    optimizer = torch.optim.Adam(learned.values(), lr=lr, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(learned.values(), lr=lr, fused=has_fused(device))
     streams, rows_of = [torch.Generator().manual_seed(seed) for seed in seeds], torch.arange(len(seeds))[:, None]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeds[0])

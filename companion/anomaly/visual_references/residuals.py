@@ -16,6 +16,7 @@ from companion.anomaly.visual_anomalies.simplenet import NoiseDiscriminator, tru
 from companion.checks import check_features, check_in_range, check_labels
 from companion.neighbors import knn
 from companion.runtime import device as pick_device
+from companion.runtime import has_fused
 
 __all__ = ["LogBarrierOCCLoss", "ResADDetector", "class_correlation", "residual_features"]
 
@@ -208,7 +209,7 @@ class ResADDetector(ImageDetector):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=g)))
             self.head_ = NoiseDiscriminator(x.shape[1]).to(x)
-        optimizer = torch.optim.Adam(self.head_.parameters(), lr=2e-3, fused=where.type in ("cpu", "cuda"))
+        optimizer = torch.optim.Adam(self.head_.parameters(), lr=2e-3, fused=has_fused(where))
         for _ in range(self.steps):
             real = (x[torch.randint(len(x), (256,), generator=g).to(where)] - self.mean_) / self.std_
             fake = real + self.noise_std * torch.randn(real.shape, generator=g).to(where)
@@ -237,9 +238,8 @@ class ResADDetector(ImageDetector):
     def _reference(self, grid: Tensor) -> None:
         self.pool_ = grid.flatten(0, 2)
         self.radius_ = 1.0
-        if (
-            self.hypersphere and self.residual
-        ):  # each reference against the others: the usual length of a normal residual
+        if self.hypersphere and self.residual:
+            # each reference against the others: the usual length of a normal residual
             lengths = [
                 residual_features(grid[i].flatten(0, 1), grid[torch.arange(len(grid)) != i].flatten(0, 2)).norm(dim=1)
                 for i in range(len(grid))

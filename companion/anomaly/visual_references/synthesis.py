@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from companion.anomaly.visual_anomalies.parts import SmallUNet
 from companion.checks import check_positive_int
+from companion.runtime import has_fused
 
 __all__ = [
     "CONTRASTS",
@@ -240,7 +241,7 @@ def train_segmenter(
     """
     g = torch.Generator().manual_seed(seed)
     net = SmallUNet(1, seed=seed).to(images.device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=images.device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=has_fused(images.device))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))  # warm-up: no dead nets
     for _ in range(steps):
         rows = torch.randint(len(images), (batch_size,), generator=g)

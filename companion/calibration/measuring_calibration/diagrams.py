@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from companion._style import lent_style
 from companion.calibration.measuring_calibration.errors import (
     assign_bins,
     binary_calibration_error,
@@ -152,16 +153,11 @@ def reliability_diagram(
 
     Chapter: calibration/measuring-calibration
     """
-    import matplotlib
-
     curve = reliability_curve(
         probs, labels, n_bins, strategy, level=level, n_resamples=n_resamples, generator=generator
     )
-    with matplotlib.rc_context():  # in a notebook the import sets the style of the book for good; here it must not last
-        from companion import figures
-    with matplotlib.rc_context():
+    with lent_style(use=axes is None) as figures:
         if axes is None:
-            figures.use_style()
             ratio = {"height_ratios": [3.2, 1]}
             _, axes = figures.subplots(2, 1, figsize=(4.4, 4.8), sharex=True, gridspec_kw=ratio)
         axes = np.ravel(axes)
